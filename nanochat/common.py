@@ -1,0 +1,269 @@
+"""What every other file needs: paths, devices, ranks, whole-or-nothing file writes, and one kind of user error.
+
+Nothing here knows about models or data. `UserError` is the exception for everything a user can cause; the
+command-line edge (`config.run`) turns it into one line and exit code 2.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence that says what is wrong and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Paths
+
+REPO = Path(__file__).resolve().parent.parent
+DATA = REPO / "data"  # what ships with the repo
+
+
+def get_base_dir() -> Path:
+    """Where everything we make lives: `$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`."""
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    base.mkdir(parents=True, exist_ok=True)
+    return base
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: written whole or not at all
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
+    """Open a file that appears under `path` only if the block ends without an exception.
+
+    The bytes are on disk (fsync) before the rename, so a crash leaves the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)  # mkstemp makes files private; give ours the ordinary permissions
+        os.umask(umask)
+        os.chmod(tmp, 0o666 & ~umask)
+        os.replace(tmp, path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Yield a fresh folder that becomes `path` only if the block ends without an exception (an old one is replaced)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield tmp
+        for f in tmp.rglob("*"):
+            if f.is_file():
+                with open(f, "rb") as h:
+                    os.fsync(h.fileno())
+        os.chmod(tmp, 0o755)
+        if path.exists():  # a rename can't replace a full folder: move the old one aside first
+            old = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")
+            os.replace(path, old)
+            os.replace(tmp, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(tmp, path)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def write_json(path: str | Path, obj: object) -> None:
+    """Write `obj` as indented JSON, atomically."""
+    with atomic_file(path) as f:
+        json.dump(obj, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: str | Path) -> object:
+    """Read a JSON file. Raises UserError if it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError both are
+        raise UserError(f"{path} is not valid JSON: {e}") from e
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line, atomically."""
+    with atomic_file(path) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dict]:
+    """Yield the objects of a .jsonl file.
+
+    Raises UserError, naming the line, if the file is missing, a line isn't a JSON object in UTF-8, or lacks a field
+    of `required`. Blank lines are skipped.
+    """
+    try:
+        f = open(path, "rb")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    with f:
+        for n, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as e:
+                raise UserError(f"{path}, line {n}: not valid JSON ({e}); every line must be one JSON object") from e
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {n}: a {type(row).__name__}, not a JSON object")
+            for key in required:
+                if key not in row:
+                    raise UserError(f"{path}, line {n}: no field '{key}'")
+            yield row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device and dtype
+
+
+def autodetect_device() -> str:
+    """'cuda', 'mps' or 'cpu': the best one present."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cpu_has_fast_bf16() -> bool:
+    """True on CPUs with bf16 matrix units (AMX: a bf16 matmul is about 8x an fp32 one, measured on two cores)."""
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(check and check())
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
+    """The compute dtype: bf16 where the hardware is good at it, else fp32; `name` other than 'auto' decides."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"--dtype {name}: choose one of auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device == "cpu" and cpu_has_fast_bf16() else torch.float32
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose fp32 master weight is cast to the activation's dtype at the call.
+
+    This replaces autocast: compute runs in the dtype of the embedding's output, the optimizer sees fp32. A model
+    that was cast once (`model.to(torch.bfloat16)`, for inference) pays no cast.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks (torchrun)
+
+
+@dataclass
+class Dist:
+    """This process's place among the processes torchrun started; a single process is rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def init_distributed(device: str = "") -> Dist:
+    """Join torchrun's process group if there is one (nccl on CUDA, gloo elsewhere) and pick this rank's device."""
+    device = device or autodetect_device()
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: choose cpu, cuda or mps")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    dev = torch.device("cuda", local) if device == "cuda" else torch.device(device)
+    if dev.type == "cuda":
+        torch.cuda.set_device(dev)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    return Dist(rank, local, world, dev)
+
+
+def cleanup_distributed() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """True on rank 0 (or in a single process)."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*args, **kwargs) -> None:
+    """Print on rank 0 only."""
+    if is_main():
+        print(*args, **kwargs, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small things
+
+
+def parse_pattern(text: str, kinds: str = "TM") -> str:
+    """Expand a block pattern: 'TTMM', 'T,T,M,M' and run lengths 'T8,M12' all give one letter a layer.
+
+    Raises UserError on anything else.
+    """
+    parts = re.findall(r"([A-Za-z])(\d*)", text)
+    rebuilt = "".join(a + b for a, b in parts)
+    if not parts or rebuilt != re.sub(r"[\s,]", "", text) or any(n and not 1 <= int(n) <= 1000 for _, n in parts):
+        raise UserError(f"block pattern '{text}' is malformed; write for example TTMM, T,T,M,M or T8,M12")
+    pattern = "".join(letter.upper() * int(n or 1) for letter, n in parts)
+    if unknown := set(pattern) - set(kinds):
+        raise UserError(f"block pattern '{text}' has unknown block '{sorted(unknown)[0]}'; known: {', '.join(kinds)}")
+    return pattern
+
+
+def human(n: float) -> str:
+    """1234567 -> '1.2M'."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(n) < 1000:
+            return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
+        n /= 1000
+    return f"{n:.1f}P"
+
+
+def on_main_first(fn: Callable[[], None]) -> None:
+    """Run `fn` on rank 0 while the other ranks wait (building a shared file, say)."""
+    if is_main():
+        fn()
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,157 @@
+"""One way from the command line to a validated config: dataclass defaults < `--config file.py` < flags.
+
+A script defines one dataclass; the comment behind each field is its help text. `run(main, Config)` parses, calls
+`main(config)` and turns a UserError into one line and exit code 2. `--top_k 5` and `--top-k 5` both work, and
+booleans take true/false. Parsing is simple-parsing's (argparse underneath); we add config files and short errors.
+
+    @dataclass
+    class Config:
+        depth: int = 6  # number of layers
+
+    if __name__ == "__main__":
+        run(main, Config)
+"""
+
+import ast
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import simple_parsing
+from simple_parsing.wrappers.field_wrapper import DashVariant
+
+from nanochat.common import UserError, cleanup_distributed, is_main
+
+
+class _Parser(simple_parsing.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message.replace("argument ", "", 1))
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """The plain assignments of a configs/*.py file: `name = literal` (arithmetic on numbers is fine too).
+
+    The file is read, not executed: a config can't run code. Raises UserError naming the line of anything else.
+    """
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read the config {path}: {e.strerror}") from e
+    except (SyntaxError, ValueError) as e:
+        raise UserError(f"the config {path} is not valid Python: {e}") from e
+    values = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # the docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{path}, line {node.lineno}: only plain assignments such as depth = 6 belong in a config")
+        values[node.targets[0].id] = _evaluate(node.value, path)
+    return values
+
+
+def _evaluate(node: ast.expr, path: str | Path) -> Any:
+    """A literal, or + - * / // ** of numbers."""
+    ops = {
+        ast.Add: "__add__",
+        ast.Sub: "__sub__",
+        ast.Mult: "__mul__",
+        ast.Div: "__truediv__",
+        ast.FloorDiv: "__floordiv__",
+    }
+    try:
+        if isinstance(node, ast.BinOp) and type(node.op) in ops:
+            left, right = _evaluate(node.left, path), _evaluate(node.right, path)
+            if all(isinstance(v, (int, float)) for v in (left, right)):
+                if isinstance(left, int) and isinstance(right, float):
+                    left = float(left)
+                return getattr(left, ops[type(node.op)])(right)
+        return ast.literal_eval(node)
+    except (ValueError, ZeroDivisionError) as e:
+        raise UserError(
+            f"{path}, line {node.lineno}: the value must be a literal such as 6, 0.02, 'text' or True"
+        ) from e
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_type(path: str, name: str, value: Any, default: Any) -> Any:
+    """A config file's value must have the type of the field's default (an int will do for a float)."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is not None and type(value) is not type(default):
+        want, got = type(default).__name__, type(value).__name__
+        raise UserError(f"{path}: {name} = {value!r} is of type {got}, but {name} takes {want}")
+    return value
+
+
+def parse(config_class: type, argv: Sequence[str] | None = None, description: str = "") -> Any:
+    """Parse `argv` (default: the process's arguments) into a `config_class`. Raises UserError on bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    names = [f.name for f in dataclasses.fields(config_class)]
+    values: dict[str, Any] = {}
+    # --config first: what it sets becomes the defaults that --help shows
+    rest = []
+    it = iter(argv)
+    for arg in it:
+        if arg == "--config" or arg.startswith("--config="):
+            path = arg.partition("=")[2] or next(it, "")
+            if not path:
+                raise UserError("--config needs a file, for example --config configs/cpu.py")
+            defaults = config_class()
+            for name, value in load_config_file(path).items():
+                if name not in names:
+                    raise UserError(f"{path}: unknown setting '{name}'{_nearest(name, names)}")
+                values[name] = _check_type(path, name, value, getattr(defaults, name))
+        else:
+            rest.append(arg)
+    parser = _Parser(
+        description=description.strip(),
+        epilog="--config FILE.py loads plain assignments (name = value) as defaults; flags override it.",
+        add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
+        argument_generation_mode=simple_parsing.ArgumentGenerationMode.FLAT,
+        formatter_class=_formatter(),
+        allow_abbrev=False,
+    )
+    parser.add_arguments(config_class, dest="config", default=config_class(**values))
+    parsed, unknown = parser.parse_known_args(rest)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        if not unknown[0].startswith("-"):
+            raise UserError(f"unexpected argument '{unknown[0]}'; options look like --name value")
+        raise UserError(f"unknown option {unknown[0]}{_nearest(f'--{name}', [f'--{n}' for n in names])}")
+    return parsed.config
+
+
+def _formatter() -> type:
+    class Formatter(simple_parsing.help_formatter.SimpleHelpFormatter):
+        def __init__(self, prog: str):
+            super().__init__(prog, max_help_position=34, width=min(120, int(os.environ.get("COLUMNS", 120))))
+
+    return Formatter
+
+
+def run(main: Callable[[Any], Any], config_class: type, argv: Sequence[str] | None = None) -> None:
+    """The edge of every script: parse, run `main(config)`, end with one line and exit code 2 on a user's error."""
+    description = sys.modules[main.__module__].__doc__ or ""
+    try:
+        main(parse(config_class, argv, description))
+    except UserError as e:
+        if is_main():
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:  # disk full, permission denied: the user's to mend, too
+        where = f" ({e.filename})" if e.filename else ""
+        print(f"error: {e.strerror or e}{where}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        cleanup_distributed()
