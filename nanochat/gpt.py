@@ -45,11 +45,13 @@ class GPTConfig:
         self.block_pattern = parse_pattern(self.block_pattern)
         if len(self.block_pattern) != self.n_layer:
             raise UserError(
-                f"block pattern '{self.block_pattern}' has {len(self.block_pattern)} blocks, but the depth is {self.n_layer}"
+                f"block pattern '{self.block_pattern}' has {len(self.block_pattern)} blocks, "
+                f"but the depth is {self.n_layer}"
             )
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
             raise UserError(
-                f"n_embd {self.n_embd} must be an even multiple of n_head {self.n_head}, and n_head of n_kv_head {self.n_kv_head}"
+                f"n_embd {self.n_embd} must be an even multiple of n_head {self.n_head}, "
+                f"and n_head of n_kv_head {self.n_kv_head}"
             )
         if "M" in self.block_pattern and (2 * self.n_embd) % self.headdim:
             raise UserError(f"2 x n_embd = {2 * self.n_embd} must be a multiple of headdim {self.headdim}")
@@ -58,7 +60,7 @@ class GPTConfig:
     def from_depth(
         cls, depth: int, pattern: str = "hybrid", *, vocab_size: int, sequence_len: int = 1024, n_embd: int = 0
     ):
-        """The one dial: width 64 x depth (at least 256), heads of 64. `pattern` is a preset's name or a block pattern."""
+        """The one dial: width 64 x depth (at least 256), heads of 64. `pattern`: a preset or a block pattern."""
         if not 1 <= depth <= 200:
             raise UserError(f"depth {depth} is outside 1 to 200")
         if pattern in PRESETS:
@@ -191,7 +193,7 @@ class GPT(nn.Module):
 
     def num_params(self) -> dict[str, int]:
         """Parameter counts by part."""
-        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        count = lambda module: sum(p.numel() for p in module.parameters())
         parts = {"embedding": count(self.wte), "blocks": count(self.blocks), "head": count(self.lm_head)}
         return {**parts, "total": sum(parts.values())}
 

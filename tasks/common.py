@@ -1,0 +1,134 @@
+"""Data sets as conversations, and how they become token streams.
+
+A Task is `len(task)` and `task[i] -> conversation` (docs/formats.md). TaskMixture shuffles several together,
+TaskSequence plays them one after the other (a curriculum), JSONLTask reads your own file. Streams are what the loader
+packs: `ConversationStream` renders a task, `MixStream` draws from several streams by weight.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.common import UserError, read_jsonl
+from nanochat.tokenizer import Tokenizer, check_conversation
+
+
+class Task:
+    """A data set of conversations. A subclass sets `self.examples` or overrides both methods.
+
+    `epoch` changes what a task with random parts (order of documents, wording) returns; the stream sets it.
+    """
+
+    examples: Sequence[dict] = ()
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.examples[i]
+
+    def rng(self, i: int) -> random.Random:
+        """The random generator of example i in this epoch: same example, same epoch, same draw."""
+        return random.Random(f"{type(self).__name__}/{self.epoch}/{i}")
+
+
+class TaskMixture(Task):
+    """Several tasks shuffled into one, each example once. Give a task twice to weigh it twice."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 0):
+        self.tasks = list(tasks)
+        index = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+        random.Random(seed).shuffle(index)
+        self.index = index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict:
+        t, k = self.index[i]
+        self.tasks[t].epoch = self.epoch
+        return self.tasks[t][k]
+
+
+class TaskSequence(TaskMixture):
+    """Several tasks one after the other, in order."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self.tasks = list(tasks)
+        self.index = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+
+
+class JSONLTask(Task):
+    """Your own conversations: one `{"messages": [...]}` a line. Raises UserError naming a malformed line."""
+
+    def __init__(self, path: str | Path):
+        self.examples = []
+        for n, row in enumerate(read_jsonl(path), 1):
+            try:
+                check_conversation(row)
+                if not any(m["role"] == "assistant" for m in row["messages"]):
+                    raise UserError("no assistant message to learn from")
+            except UserError as e:
+                raise UserError(f"{path}, record {n}: {e}") from e
+            self.examples.append(row)
+        if not self.examples:
+            raise UserError(f"{path} holds no conversation")
+
+
+class ConversationStream:
+    """sample(i) -> (ids, mask) of conversation i, epoch after epoch, in a new order each.
+
+    A conversation whose messages alone exceed `max_tokens` is passed over (the next one takes its place) and counted
+    in `skipped`; one whose documents make it too long is trimmed by the renderer.
+    """
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, seed: int = 0, shuffle: bool = True):
+        if not len(task):
+            raise UserError(f"{type(task).__name__} holds no example")
+        self.task, self.tokenizer, self.max_tokens, self.seed, self.shuffle = task, tokenizer, max_tokens, seed, shuffle
+        self.skipped = 0
+        self._epoch, self._order = -1, np.arange(len(task))
+
+    def sample(self, i: int) -> tuple[list[int], list[int]]:
+        for k in range(i, i + len(self.task)):
+            epoch, k = divmod(k, len(self.task))
+            if epoch != self._epoch:
+                self._epoch = self.task.epoch = epoch
+                if self.shuffle:
+                    self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.task))
+            try:
+                ids, mask = self.tokenizer.render_conversation(self.task[int(self._order[k])], self.max_tokens)
+            except UserError:
+                self.skipped += 1
+                continue
+            if any(mask):
+                return ids, mask
+            self.skipped += 1
+        raise UserError(f"no conversation fits into {self.max_tokens} tokens; use a longer --sequence_len")
+
+
+class MixStream:
+    """Draws from several streams by weight; weights may change while training runs (they are part of the state)."""
+
+    def __init__(self, streams: dict[str, object], weights: dict[str, float], seed: int = 0, world_size: int = 1):
+        self.streams, self.weights, self.seed, self.world_size = streams, dict(weights), seed, world_size
+        self.counts = dict.fromkeys(streams, 0)
+
+    def sample(self, i: int) -> tuple[list[int], list[int] | None]:
+        names = list(self.streams)
+        name = random.Random(f"{self.seed}/{i}").choices(names, [self.weights[n] for n in names])[0]
+        k = self.counts[name] * self.world_size + i % self.world_size  # ranks take turns within each stream
+        self.counts[name] += 1
+        return self.streams[name].sample(k)
+
+    def state_dict(self) -> dict:
+        inner = {n: s.state_dict() for n, s in self.streams.items() if hasattr(s, "state_dict")}
+        return {"counts": self.counts, "weights": self.weights, "streams": inner}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts, self.weights = dict(state["counts"]), dict(state["weights"])
+        for name, inner in state["streams"].items():
+            self.streams[name].load_state_dict(inner)

@@ -1,0 +1,106 @@
+"""Copying and associative recall with random tokens: what a model must be able to do before it can read documents.
+
+A transformer or hybrid learns to copy suddenly or not at all: with a whole vocabulary at once nothing happens within
+a million tokens, with 64 symbols and short sequences it takes one minute on two cores (docs/LOG.md). So the drill is
+a ladder: a level is (symbols, length), and the level rises when accuracy on fresh drills says the last one is learned.
+
+    stream = DrillStream(tokenizer); train(..., evals=[Eval("drill", 25, lambda m: climb(m, stream))])
+
+copy:    <|bos|> w1 … wn <|sep|> w1 … wn <|sep|> …
+recall:  <|bos|> k1 k1' <|mem|> v1 v1' v1'' <|sep|> k2 … <|search_start|> ki ki' <|search_end|> vi vi' vi'' <|sep|> …
+"""
+
+import random
+
+import torch
+
+from nanochat.tokenizer import Tokenizer
+
+# (symbols, length); 0 symbols = the whole vocabulary
+LADDER = [(64, 16), (64, 48), (128, 48), (256, 48), (512, 64), (1024, 64), (2048, 96), (0, 128), (0, 224)]
+
+
+class DrillStream:
+    """sample(i) -> (ids, mask); `level` indexes LADDER and is part of the state."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int = 0, recall_share: float = 0.5):
+        self.seed, self.recall_share, self.level = seed, recall_share, 0
+        s = tokenizer.special_ids
+        self.bos, self.sep, self.mem = s["<|bos|>"], s["<|sep|>"], s["<|mem|>"]
+        self.ask, self.end = s["<|search_start|>"], s["<|search_end|>"]
+        self.n_symbols = len(tokenizer.ranks)
+        # The symbols of small alphabets are spread over the table by a fixed shuffle, so that a larger alphabet
+        # contains the smaller ones.
+        self.symbols = list(range(self.n_symbols))
+        random.Random(1).shuffle(self.symbols)
+
+    def state_dict(self) -> dict:
+        return {"level": self.level}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.level = state["level"]
+
+    def sample(self, i: int) -> tuple[list[int], list[int]]:
+        rng = random.Random(f"{self.seed}/{i}")
+        # a fifth of the drills come from lower levels, lest they be forgotten
+        level = self.level if rng.random() < 0.8 else rng.randint(0, self.level)
+        kind = self.recall if self.level >= 2 and rng.random() < self.recall_share else self.copy
+        return kind(rng, level)
+
+    def _alphabet(self, level: int) -> tuple[list[int], int]:
+        size, length = LADDER[level]
+        return self.symbols[: size or self.n_symbols], length
+
+    def copy(self, rng: random.Random, level: int) -> tuple[list[int], list[int]]:
+        """Random tokens and their repeat; every token of the repeat is a target."""
+        symbols, length = self._alphabet(level)
+        words = rng.choices(symbols, k=rng.randint(length // 2, length))
+        ids = [self.bos, *words, self.sep, *words, self.sep]
+        return ids, [0] * (len(words) + 2) + [1] * (len(words) + 1)
+
+    def recall(self, rng: random.Random, level: int) -> tuple[list[int], list[int]]:
+        """Pairs of a two-token key and a value of one to four tokens; then every key, shuffled, asks for its value."""
+        symbols, length = self._alphabet(level)
+        n = max(2, length // 8)
+        keys = list({tuple(rng.choices(symbols, k=2)) for _ in range(n)})
+        rng.shuffle(keys)
+        pairs = [(list(k), rng.choices(symbols, k=rng.randint(1, 4))) for k in keys]
+        ids = [self.bos]
+        for k, v in pairs:
+            ids += [*k, self.mem, *v, self.sep]
+        mask = [0] * len(ids)
+        for k, v in rng.sample(pairs, len(pairs)):
+            ids += [self.ask, *k, self.end, *v, self.sep]
+            mask += [0] * (len(k) + 2) + [1] * (len(v) + 1)
+        return ids, mask
+
+
+@torch.no_grad()
+def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 16, seed: int = 10**6) -> float:
+    """Share of target tokens predicted right (teacher-forced argmax) on `n` drills that training never draws."""
+    device = next(model.parameters()).device
+    right = total = 0
+    for i in range(n):
+        ids, mask = getattr(stream, kind)(random.Random(f"eval/{seed}/{i}"), level)
+        hidden = model(torch.tensor([ids[:-1]], device=device), return_hidden=True)
+        keep = torch.tensor(mask[1:], device=device).bool()
+        guess = model.logits(hidden[0, keep]).argmax(-1)
+        right += int((guess == torch.tensor(ids[1:], device=device)[keep]).sum())
+        total += int(keep.sum())
+    return right / total
+
+
+def climb(model, stream: DrillStream, threshold: float = 0.7) -> dict[str, float]:
+    """Measure both drills at the stream's level; raise the level while the model is above `threshold` on copying.
+
+    Returns copy and recall accuracy at the level reached, and the level: an eval hook of the training loop.
+    """
+    model.eval()
+    while True:
+        copy = drill_accuracy(model, stream, "copy", stream.level)
+        if copy < threshold or stream.level == len(LADDER) - 1:
+            break
+        stream.level += 1
+    recall = drill_accuracy(model, stream, "recall", stream.level)
+    model.train()
+    return {"copy": copy, "recall": recall, "level": stream.level}
