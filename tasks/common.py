@@ -6,10 +6,12 @@ packs: `ConversationStream` renders a task, `MixStream` draws from several strea
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from nanochat.common import UserError, read_jsonl
 from nanochat.tokenizer import Tokenizer, check_conversation
@@ -132,3 +134,21 @@ class MixStream:
         self.counts, self.weights = dict(state["counts"]), dict(state["weights"])
         for name, inner in state["streams"].items():
             self.streams[name].load_state_dict(inner)
+
+
+def answer_loss(tokenizer: Tokenizer, task: Task, name: str, n: int = 100) -> Callable[[nn.Module], dict[str, float]]:
+    """An evaluation for the training loop: mean cross-entropy (nats) of the assistant's tokens in `n` conversations."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        total = count = 0
+        device = next(model.parameters()).device
+        for i in range(min(n, len(task))):
+            ids, mask = tokenizer.render_conversation(task[i], model.config.sequence_len)
+            ids, targets = torch.tensor([ids], device=device), torch.tensor([ids], device=device)
+            targets[torch.tensor([mask], device=device) == 0] = -1
+            with torch.no_grad():
+                total += model(ids[:, :-1], targets[:, 1:].contiguous(), reduction="sum").item()
+            count += sum(mask)
+        return {f"{name}_loss": total / max(1, count)}
+
+    return evaluate

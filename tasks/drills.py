@@ -4,7 +4,7 @@ A transformer or hybrid learns to copy suddenly or not at all: with a whole voca
 a million tokens, with 64 symbols and short sequences it takes one minute on two cores (docs/LOG.md). So the drill is
 a ladder: a level is (symbols, length), and the level rises when accuracy on fresh drills says the last one is learned.
 
-    stream = DrillStream(tokenizer); train(..., evals=[Eval("drill", 25, lambda m: climb(m, stream))])
+    stream = DrillStream(tokenizer); train(..., evals=[Eval("drill", 20, lambda m: climb(m, stream))])
 
 copy:    <|bos|> w1 … wn <|sep|> w1 … wn <|sep|> …
 recall:  <|bos|> k1 k1' <|mem|> v1 v1' v1'' <|sep|> k2 … <|search_start|> ki ki' <|search_end|> vi vi' vi'' <|sep|> …
@@ -15,7 +15,9 @@ import random
 import torch
 
 from nanochat.tokenizer import Tokenizer
+from tasks.common import MixStream
 
+LEARNED = 0.7  # copy accuracy that opens the next level
 # (symbols, length); 0 symbols = the whole vocabulary
 LADDER = [(64, 16), (64, 48), (128, 48), (256, 48), (512, 64), (1024, 64), (2048, 96), (0, 128), (0, 224)]
 
@@ -24,7 +26,8 @@ class DrillStream:
     """sample(i) -> (ids, mask); `level` indexes LADDER and is part of the state."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int = 0, recall_share: float = 0.5):
-        self.seed, self.recall_share, self.level = seed, recall_share, 0
+        self.seed, self.recall_share = seed, recall_share
+        self.level = self.looks = 0  # how far up, and how many times `climb` has looked
         s = tokenizer.special_ids
         self.bos, self.sep, self.mem = s["<|bos|>"], s["<|sep|>"], s["<|mem|>"]
         self.ask, self.end = s["<|search_start|>"], s["<|search_end|>"]
@@ -35,10 +38,10 @@ class DrillStream:
         random.Random(1).shuffle(self.symbols)
 
     def state_dict(self) -> dict:
-        return {"level": self.level}
+        return {"level": self.level, "looks": self.looks}
 
     def load_state_dict(self, state: dict) -> None:
-        self.level = state["level"]
+        self.level, self.looks = state["level"], state["looks"]
 
     def sample(self, i: int) -> tuple[list[int], list[int]]:
         rng = random.Random(f"{self.seed}/{i}")
@@ -90,17 +93,19 @@ def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 1
     return right / total
 
 
-def climb(model, stream: DrillStream, threshold: float = 0.7) -> dict[str, float]:
-    """Measure both drills at the stream's level; raise the level while the model is above `threshold` on copying.
+def climb(
+    model, stream: DrillStream, mix: MixStream | None = None, after: dict[str, float] | None = None, patience: int = 0
+) -> dict[str, float]:
+    """An evaluation for the training loop that moves the curriculum: raise the level while copying is learned.
 
-    Returns copy and recall accuracy at the level reached, and the level: an eval hook of the training loop.
+    At the top of the ladder, or after `patience` looks, `mix` gets the weights `after`: text takes over. Returns the
+    accuracy of both drills at the level reached, and the level.
     """
-    model.eval()
-    while True:
-        copy = drill_accuracy(model, stream, "copy", stream.level)
-        if copy < threshold or stream.level == len(LADDER) - 1:
-            break
+    top = len(LADDER) - 1
+    while (copy := drill_accuracy(model, stream, "copy", stream.level)) > LEARNED and stream.level < top:
         stream.level += 1
     recall = drill_accuracy(model, stream, "recall", stream.level)
-    model.train()
+    stream.looks += 1
+    if mix and after and (stream.looks == patience or (stream.level == top and copy > LEARNED)):
+        mix.weights = dict(after)
     return {"copy": copy, "recall": recall, "level": stream.level}

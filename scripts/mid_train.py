@@ -1,0 +1,82 @@
+"""Midtraining: the pretrained model learns conversations and to read one document.
+
+    python -m scripts.mid_train --num_iterations 500
+    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train --config configs/node.py
+
+Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and reading: one or two documents
+with many questions to each, every field of the factbook, names and answers exchanged in half of them. This dense
+signal is what turns copying into reading (docs/LOG.md).
+"""
+
+from dataclasses import dataclass
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import init_distributed
+from nanochat.config import run
+from nanochat.dataloader import PackedLoader
+from nanochat.dataset import TextStream, load_texts
+from nanochat.loss_eval import text_validation
+from nanochat.train import Eval, TrainConfig, train
+from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
+from tasks.drills import LADDER, DrillStream, drill_accuracy
+from tasks.factbook import ChatPairs, load_documents, load_queries
+from tasks.rag_task import RAGMix, RAGTask, reading_eval
+
+
+@dataclass
+class Config(TrainConfig):
+    source: str = "base"  # stage to start from
+    source_tag: str = ""  # model tag to start from; empty: the newest
+    source_step: int = 0  # its step; 0: the last
+    sequence_len: int = 512  # tokens per row
+    data: str = "embedded"  # text: embedded, fineweb:N, or a folder or file of your own
+    conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
+    text_share: float = 0.25  # share of samples that are text,
+    drill_share: float = 0.1  # drills,
+    chat_share: float = 0.1  # chat pairs; the rest reads documents
+    val_batches: int = 16  # validation batches
+    val_every: int = 100  # steps between validations
+
+
+def main(config: Config) -> dict[str, float]:
+    # 1. Model
+    d = init_distributed(config.device)
+    model, tokenizer, meta = load_model(
+        config.source, d.device, "train", config.source_tag or None, config.source_step or None
+    )
+
+    # 2. Data
+    T, seed = config.sequence_len, config.seed
+    drills = DrillStream(tokenizer, seed)
+    drills.level = len(LADDER) - 1
+    chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
+    documents = load_documents()
+    dense = RAGMix(absent=0.05, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
+    reading = RAGTask(load_queries("train"), documents, dense, seed=seed)
+    single = [r for r in load_queries("val") if r["type"] == "single"]
+    unseen = RAGTask(single, documents, RAGMix(absent=0, counterfactual=0, follow_up=0, max_docs=1))
+    streams = {
+        "text": TextStream(load_texts(config.data, "train"), tokenizer, seed + 1),
+        "drill": drills,
+        "chat": ConversationStream(TaskMixture(chat), tokenizer, T + 1, seed),
+        "reading": ConversationStream(reading, tokenizer, T + 1, seed),
+    }
+    shares = {"text": config.text_share, "drill": config.drill_share, "chat": config.chat_share}
+    mix = MixStream(streams, shares | {"reading": 1 - sum(shares.values())}, seed, d.world_size)
+    loader = PackedLoader(mix, config.device_batch_size, T, d.rank, d.world_size)
+
+    # 3. Evaluations: text is not forgotten, copying is kept, reading is learned on countries never seen
+    top = len(LADDER) - 1
+    evals = [
+        Eval("val", config.val_every, text_validation(config.data, tokenizer, config, config.val_batches)),
+        Eval("drill", config.val_every, lambda m: {"copy": drill_accuracy(m, drills, "copy", top)}),
+        Eval("reading", config.val_every, reading_eval(tokenizer, unseen)),
+    ]
+    return train(
+        model, loader, config, source="mid", tokenizer=tokenizer, evals=evals, dist_info=d,
+        meta={"parent": meta["source"], "parent_step": meta["step"]},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main, Config)

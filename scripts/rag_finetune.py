@@ -1,0 +1,111 @@
+"""RAG fine-tuning: answer from several documents, cite the one that says so, abstain when none does.
+
+    python -m scripts.rag_finetune --knowledge_base data/rag_examples/knowledge_base
+    torchrun --standalone --nproc_per_node=8 -m scripts.rag_finetune --knowledge_base KB --source mid --model_tag d20 \\
+        --block_pattern T9,M11 --retriever_type simple --top_k 5 --device_batch_size 4
+
+Questions come from `--queries` (default: the `queries/` folder beside the knowledge base). Each is asked over its gold
+document among distractors, half of them what the retriever finds; in a share of examples the gold document is missing
+and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch (tasks/rag_task.py).
+`--block_pattern`, where given, must be that of the checkpoint.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, init_distributed, parse_pattern
+from nanochat.config import run
+from nanochat.dataloader import PackedLoader
+from nanochat.retrieval import RetrievalManager
+from nanochat.train import Eval, TrainConfig, train
+from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
+from tasks.factbook import ChatPairs, load_documents, load_queries
+from tasks.rag_task import RAGMix, RAGTask, reading_eval
+
+
+@dataclass
+class Config(TrainConfig):
+    knowledge_base: str = ""  # folder of the knowledge base (python -m nanochat.retrieval prepare_kb makes one)
+    queries: str = ""  # folder with train.jsonl and val.jsonl; empty: ../queries seen from the knowledge base
+    source: str = "mid"  # stage to start from
+    source_step: int = 0  # its step; 0: the last
+    model_tag: str = ""  # tag to start from and to write under; empty: the newest
+    block_pattern: str = ""  # if given, the checkpoint must have this pattern
+    retriever_type: str = "simple"  # who finds distractors: simple, bm25, dense or hybrid
+    top_k: int = 5  # documents in a context, at most
+    num_iterations: int = 400  # optimizer steps
+    sequence_len: int = 1024  # tokens per row
+    absent: float = 0.2  # share of examples without their gold document (midtraining had a few: a gentle ramp)
+    counterfactual: float = 0.25  # share of examples with names and answers exchanged
+    conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
+    chat_share: float = 0.03  # share of plain chat
+    val_every: int = 100  # steps between validations
+    val_examples: int = 100  # questions a validation
+
+
+def main(config: Config) -> dict[str, float]:
+    # 1. Knowledge base and questions
+    if not config.knowledge_base:
+        raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
+    if config.top_k < 1:
+        raise UserError(f"--top_k {config.top_k}: at least 1")
+    manager = RetrievalManager(retriever_type=config.retriever_type, knowledge_base_path=config.knowledge_base)
+    documents = load_documents(Path(config.knowledge_base) / "documents.jsonl")
+    queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
+    train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")
+
+    # 2. Model
+    d = init_distributed(config.device)
+    model, tokenizer, meta = load_model(
+        config.source, d.device, "train", config.model_tag or None, config.source_step or None
+    )
+    config.model_tag = config.model_tag or meta["tag"]
+    pattern = model.config.block_pattern
+    if config.block_pattern and parse_pattern(config.block_pattern) != pattern:
+        raise UserError(f"--block_pattern {config.block_pattern}, but the {config.source} checkpoint has {pattern}")
+    model.config.sequence_len = max(model.config.sequence_len, config.sequence_len)
+
+    # 3. Data
+    mix = RAGMix(config.absent, config.counterfactual, max_docs=config.top_k)
+    reading = RAGTask(train_rows, documents, mix, retrieve_all(manager, train_rows), config.seed)
+    chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
+    limit = config.sequence_len + 1
+    streams = {
+        "reading": ConversationStream(reading, tokenizer, limit, config.seed),
+        "chat": ConversationStream(TaskMixture(chat), tokenizer, limit, config.seed),
+    }
+    shares = {"reading": 1 - config.chat_share, "chat": config.chat_share}
+    stream = MixStream(streams, shares, config.seed, d.world_size)
+    loader = PackedLoader(stream, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
+
+    # 4. Validation on questions about other entities: gold among what the retriever finds, and without it
+    single = [r for r in val_rows if r["type"] == "single"] or val_rows
+    single = random.Random(0).sample(single, min(config.val_examples, len(single)))
+    val_found = retrieve_all(manager, single)
+    evals = []
+    for name, absent in (("present", 0.0), ("missing", 1.0)):
+        fixed = RAGMix(absent, counterfactual=0, follow_up=0, min_docs=config.top_k, max_docs=config.top_k)
+        task = RAGTask(single, documents, fixed, val_found)
+        evals.append(Eval(name, config.val_every, reading_eval(tokenizer, task, config.val_examples)))
+    return train(
+        model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
+        meta={"parent": meta["source"], "parent_step": meta["step"], "knowledge_base": config.knowledge_base},
+    )  # fmt: skip
+
+
+def retrieve_all(manager: RetrievalManager, rows: list[dict], top_k: int = 10) -> dict[str, list[str]]:
+    """Question id -> ids of the best `top_k` documents."""
+    found: dict[str, list[str]] = {}
+    for start in tqdm(range(0, len(rows), 256), desc="retrieving", unit="batch", leave=False):
+        batch = rows[start : start + 256]
+        for row, docs in zip(batch, manager.retrieve_batch([r["query"] for r in batch], top_k)):
+            found[row["id"]] = [doc.id for doc in docs]
+    return found
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,88 @@
+"""The World Factbook data that ships with the repo: passages, questions by split, cloze items, chat pairs.
+
+Splits are by country: no country of a validation or test question has a training question, nor its passages in the
+pretraining corpus. data/README.md describes the files.
+"""
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+from nanochat.common import DATA, UserError, read_jsonl
+from tasks.common import JSONLTask, Task
+
+FACTBOOK = DATA / "factbook"
+
+
+@lru_cache(maxsize=4)
+def load_documents(path: str | Path = FACTBOOK / "knowledge_base" / "documents.jsonl") -> dict[str, dict]:
+    """The passages of a knowledge base by id."""
+    return {row["id"]: row for row in read_jsonl(path, required=("id", "title", "content"))}
+
+
+def load_queries(path: str | Path) -> list[dict]:
+    """Questions in the format of docs/formats.md. `path` may be 'train', 'val' or 'test' for the factbook's."""
+    if str(path) in ("train", "val", "test"):
+        path = FACTBOOK / "queries" / f"{path}.jsonl"
+    rows = []
+    for n, row in enumerate(read_jsonl(path, required=("id", "query", "answer")), 1):
+        row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": "single", "paraphrases": [], **row}
+        if not isinstance(row["query"], str) or not isinstance(row["positive_ids"], list):
+            raise UserError(f"{path}, record {n}: 'query' must be text and 'positive_ids' a list")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no question")
+    return rows
+
+
+class FactbookQA(Task):
+    """Closed-book question and answer, no documents: what the model may remember from pretraining."""
+
+    def __init__(self, split: str = "train"):
+        self.rows = [r for r in load_queries(split) if r["type"] == "single"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self.rows[i]
+        query = self.rng(i).choice([row["query"], *row["paraphrases"]])
+        return {"messages": [{"role": "user", "content": query}, {"role": "assistant", "content": row["answer"] + "."}]}
+
+
+class ChatPairs(JSONLTask):
+    """Small talk and who the assistant is: data/chat/chat.jsonl. One in twenty is the validation split."""
+
+    def __init__(self, split: str = "train"):
+        super().__init__(DATA / "chat" / "chat.jsonl")
+        self.examples = [e for i, e in enumerate(self.examples) if (i % 20 == 7) == (split == "val")]
+
+
+def cloze_items(split: str = "train", n: int = 500, seed: int = 0) -> list[dict]:
+    """Multiple-choice cloze over facts: {"context", "choices", "gold"}.
+
+    The context is a passage's sentence up to the answer; the wrong choices answer the same relation for other
+    countries. On training countries it measures what pretraining left in the weights.
+    """
+    documents, rng = load_documents(), random.Random(seed)
+    rows = [r for r in load_queries(split) if r["type"] == "single" and r["positive_ids"]]
+    by_relation: dict[str, set[str]] = {}
+    for row in rows:
+        by_relation.setdefault(row["relation"], set()).add(row["answer"])
+    rng.shuffle(rows)
+    items = []
+    for row in rows:
+        text = documents[row["positive_ids"][0]]["content"]
+        at = text.find(f" {row['answer']}")
+        others = sorted(by_relation[row["relation"]] - {row["answer"]})
+        if at < 0 or len(others) < 3:
+            continue
+        begin = max(text.rfind(". ", 0, at) + 2, 0) if ". " in text[:at] else 0
+        if at - begin < 15:  # the answer opens its sentence: nothing to go by
+            continue
+        choices = [row["answer"], *rng.sample(others, 3)]
+        rng.shuffle(choices)
+        items.append({"context": text[begin:at], "choices": choices, "gold": choices.index(row["answer"])})
+        if len(items) == n:
+            break
+    return items

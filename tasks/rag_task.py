@@ -1,0 +1,206 @@
+"""Questions over documents as conversations: what RAG fine-tuning trains on.
+
+    task = RAGTask(load_queries("train"), load_documents(), max_docs=5)
+    task[0] -> {"messages": [{"role": "retrieval", ...}, {"role": "user", ...}, {"role": "assistant", ...}], ...}
+
+Each example is drawn anew in every epoch: which distractors stand beside the gold document, their order and so their
+numbers, the wording of the question, whether the gold document is there at all (if not, the answer is the abstention).
+Two things make a small model learn to read rather than to remember (docs/LOG.md):
+
+- many questions to one context: a document answers up to a dozen questions, each costs only its own few tokens;
+- counterfactuals: the country gets an invented name and the answer is exchanged for another country's, in the document
+  and in the target alike, so that what the weights know is of no use.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.rag_utils import ABSTENTION, answer_f1, exact_match, is_abstention, strip_citations
+from nanochat.tokenizer import Tokenizer
+from tasks.common import Task
+
+
+@dataclass
+class RAGMix:
+    """What a context looks like, as shares of examples."""
+
+    absent: float = 0.2  # the gold document is not among the documents: abstain
+    counterfactual: float = 0.3  # names and answers exchanged
+    follow_up: float = 0.7  # more than one question to the context
+    max_questions: int = 8  # in a context with follow-ups
+    min_docs: int = 1  # documents in the context, at least
+    max_docs: int = 5  # and at most
+
+
+class RAGTask(Task):
+    """See the module's docstring. `rows` are questions, `documents` a knowledge base by id.
+
+    `retrieved` (question id -> document ids, best first) gives the distractors a retriever would: half of the
+    distractors then come from it, the others share the gold document's relation or entity or are random.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict],
+        documents: dict[str, dict],
+        mix: RAGMix | None = None,
+        retrieved: dict[str, list[str]] | None = None,
+        seed: int = 0,
+    ):
+        self.documents, self.mix, self.retrieved, self.seed = documents, mix or RAGMix(), retrieved or {}, seed
+        self.rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
+        if not self.rows:
+            raise UserError("no question has its gold documents in this knowledge base; are they from the same data?")
+        self.ids = list(documents)
+        self.by_doc: dict[str, list[dict]] = {}  # single-hop questions that a document answers
+        self.by_relation: dict[str, list[dict]] = {}
+        self.by_country: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row["hops"] == 1 and row["positive_ids"]:
+                self.by_relation.setdefault(row.get("relation", ""), []).append(row)
+                for p in row["positive_ids"]:
+                    self.by_doc.setdefault(p, []).append(row)
+        for i, doc in documents.items():
+            self.by_country.setdefault(doc.get("country", ""), []).append(i)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        rng, mix, row = random.Random(f"{self.seed}/{self.epoch}/{i}"), self.mix, self.rows[i]
+        absent = not row["positive_ids"] or rng.random() < mix.absent
+        n_docs = rng.randint(mix.min_docs, mix.max_docs)
+        gold = [] if absent else self._gold(row, rng)
+        ids = gold + self._distractors(row, max(0, n_docs - len(gold)), rng)
+        rng.shuffle(ids)
+        shown = [dict(self.documents[d]) for d in ids]
+
+        questions = [row]
+        if rng.random() < mix.follow_up:
+            more = [r for d in ids for r in self.by_doc.get(d, []) if r is not row]
+            more = rng.sample(more, min(len(more), rng.randint(1, mix.max_questions - 1)))
+            if mix.absent and len(more) > 2 and rng.random() < 0.5:  # a question none of these documents answers
+                more[-1] = rng.choice(self.rows)
+            questions += more
+        turns = [(rng.choice([q["query"], *q["paraphrases"]]), *self._answer(q, ids)) for q in questions]
+        if rng.random() < mix.counterfactual:
+            turns = self._counterfactual(questions, shown, turns, rng)
+
+        docs = [{k: d[k] for k in ("id", "title", "content", "source") if k in d} for d in shown]
+        messages: list[dict] = [{"role": "retrieval", "query": turns[0][0], "documents": docs}]
+        for query, answer, cited in turns:
+            content = answer if answer == ABSTENTION else f"{answer}. " + "".join(f"[{c}]" for c in cited)
+            messages += [{"role": "user", "content": query}, {"role": "assistant", "content": content}]
+        return {"messages": messages, "metadata": {"id": row["id"], "positive_ids": row["positive_ids"]}}
+
+    def _gold(self, row: dict, rng: random.Random) -> list[str]:
+        """All documents of a two-hop question, one of those that answer a single-hop one."""
+        return list(row["positive_ids"]) if row["hops"] > 1 else [rng.choice(row["positive_ids"])]
+
+    def _distractors(self, row: dict, n: int, rng: random.Random) -> list[str]:
+        """`n` documents that don't answer `row`: retrieved, same relation, same country or random."""
+        found: list[str] = []
+        hits = [h for h in self.retrieved.get(row["id"], []) if h not in row["positive_ids"]]
+        for _ in range(20 * n):
+            if len(found) == n:
+                break
+            draw = rng.random()
+            if hits and draw < 0.5:
+                doc = hits[min(int(rng.expovariate(0.4)), len(hits) - 1)]
+            elif draw < 0.7 and self.by_relation.get(row.get("relation", "")):
+                doc = rng.choice(rng.choice(self.by_relation[row["relation"]])["positive_ids"])
+            elif draw < 0.9 and self.by_country.get(row.get("country", "")):
+                doc = rng.choice(self.by_country[row["country"]])
+            else:
+                doc = rng.choice(self.ids)
+            if doc not in row["positive_ids"] and doc not in found:
+                found.append(doc)
+        return found
+
+    def _answer(self, row: dict, ids: list[str]) -> tuple[str, list[int]]:
+        """The right answer to `row` when the documents `ids` are shown, and the numbers it cites."""
+        here = [p for p in row["positive_ids"] if p in ids]
+        if not here or (row["hops"] > 1 and len(here) < len(row["positive_ids"])):
+            return ABSTENTION, []
+        cited = here if row["hops"] > 1 else here[:1]
+        return row["answer"], sorted(ids.index(p) + 1 for p in cited)
+
+    def _counterfactual(self, questions: list[dict], shown: list[dict], turns: list, rng: random.Random) -> list:
+        """Exchange answers and rename countries in documents (in place) and turns alike."""
+        turns = [list(t) for t in turns]
+        if len(shown) <= 2:  # with few documents an answer's other occurrences are easy to keep consistent
+            for q, turn in zip(questions, turns):
+                others = self.by_relation.get(q.get("relation", ""), [])
+                if turn[1] == ABSTENTION or q["hops"] > 1 or not others:
+                    continue
+                new, old = rng.choice(others)["answer"], turn[1]
+                clash = any(t is not turn and (t[1] in old or old in t[1] or t[1] == new) for t in turns)
+                if clash or any(_word(old).search(t[0]) for t in turns):
+                    continue
+                for doc in shown:
+                    doc["content"] = _word(old).sub(lambda _, new=new: new, doc["content"])
+                turn[1] = new
+        countries = {d.get("country", "") for d in shown} | {q.get("country", "") for q in questions}
+        for name in sorted(countries - {""}, key=len, reverse=True):
+            new, pattern = invent_name(rng), _word(name)
+            for doc in shown:
+                doc["title"], doc["content"] = (pattern.sub(new, doc[k]) for k in ("title", "content"))
+            for turn in turns:
+                turn[0] = pattern.sub(new, turn[0])
+                turn[1] = pattern.sub(new, turn[1])
+        return turns
+
+
+def _word(text: str) -> re.Pattern:
+    """`text` as a whole word (or number: '12' is not in '12,000' or '3.12')."""
+    return re.compile(rf"(?<![\w.,]){re.escape(text)}(?![\w]|[.,]\d)")
+
+
+SYLLABLES = (
+    "ba be bo bra ca co cor da del do dra el fa fen fi ga gol gra ha hel il ja ka kel ko la lan le lo lu ma mar \
+men mi mo na nar ne no nor o pa pel pi qua ra ran ri ro sa sel si so sta ta tan te ti to tu u va ven vi vo wa wen ya \
+yor za zan zi".split()
+)
+
+
+def invent_name(rng: random.Random) -> str:
+    """A country that doesn't exist: two to four syllables, sometimes with an ending or a second word."""
+    name = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) + rng.choice(["", "", "ia", "land", "stan", "n"])
+    second = rng.choice(["", "", "", " Islands", " Republic", " " + rng.choice(SYLLABLES).capitalize() + "ra"])
+    return name.capitalize() + second
+
+
+def reading_eval(
+    tokenizer: Tokenizer, task: RAGTask, n: int = 64, max_tokens: int = 32
+) -> Callable[[nn.Module], dict[str, float]]:
+    """An evaluation for the training loop: answers to `n` examples of `task`, first question only, greedily decoded.
+
+    Gives exact match and F1 of those with their gold document, and how often the others abstain.
+    """
+    task.epoch = 10**6  # draws that training doesn't see even on the same questions
+    picked = random.Random(0).sample(range(len(task)), min(n, len(task)))
+    conversations = [task[i] for i in picked]
+    wanted = [next(m["content"] for m in c["messages"] if m["role"] == "assistant") for c in conversations]
+    for c in conversations:
+        c["messages"] = c["messages"][:2]  # the documents and the first question
+
+    def evaluate(model) -> dict[str, float]:
+        answers = Engine(model, tokenizer).answer_batch(conversations, max_tokens=max_tokens)
+        f1, em, abstained = [], [], []
+        for got, want in zip(answers, wanted):
+            if is_abstention(want):
+                abstained.append(is_abstention(got))
+            else:
+                gold = [strip_citations(want)]
+                f1.append(answer_f1(strip_citations(got), gold))
+                em.append(exact_match(strip_citations(got), gold))
+        mean = lambda xs: sum(xs) / max(1, len(xs))
+        return ({"f1": mean(f1), "em": mean(em)} if f1 else {}) | ({"abstains": mean(abstained)} if abstained else {})
+
+    return evaluate
