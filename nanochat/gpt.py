@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.blocks.mamba import MambaBlock
 from nanochat.blocks.transformer import KVState, Positions, TransformerBlock, norm, rope_table
@@ -251,8 +252,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             args = (x, pos) if isinstance(block, TransformerBlock) else (x,)
             state = None if cache is None else cache.layers[i]
-            if self.gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            if self.gradient_checkpointing and self.training and state is None:
+                x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args) if state is None else block(*args, state)
         if cache is not None:
@@ -306,28 +307,30 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         w = weight.to(hidden.dtype)
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        need_dh, need_dw = ctx.needs_input_grad[:2]  # a frozen head (memory modules train around it) needs no dw
         total = torch.zeros((), device=hidden.device)
-        dh = torch.empty_like(hidden) if need else None
-        dw = torch.zeros_like(weight) if need else None
+        dh = torch.empty_like(hidden) if need_dh else None
+        dw = torch.zeros_like(weight) if need_dw else None
         for i in range(0, hidden.size(0), _HeadLoss.CHUNK):
             h, t = hidden[i : i + _HeadLoss.CHUNK], targets[i : i + _HeadLoss.CHUNK]
             logits = (h @ w.t()).float()
             log_z = logits.logsumexp(-1)
             total += (log_z - logits.gather(1, t[:, None])[:, 0]).sum()
-            if need:
+            if need_dh or need_dw:
                 p = logits.sub_(log_z[:, None]).exp_()
                 p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
                 g = p.to(hidden.dtype)
-                dh[i : i + _HeadLoss.CHUNK] = g @ w
-                dw += (g.t() @ h).to(dw.dtype)
+                if need_dh:
+                    dh[i : i + _HeadLoss.CHUNK] = g @ w
+                if need_dw:
+                    dw += (g.t() @ h).to(dw.dtype)
         ctx.save_for_backward(dh, dw)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad, dw * grad, None
+        return None if dh is None else dh * grad, None if dw is None else dw * grad, None
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,7 @@ class Tokenizer:
         """Text -> ids, never a special token. Bytes that aren't UTF-8 and lone surrogates survive, too."""
         if isinstance(text, str):
             try:
+                text.encode("utf-8")  # tiktoken would turn half a surrogate pair into U+FFFD without a word
                 return self._enc.encode_ordinary(text)
             except UnicodeEncodeError:
                 text = text.encode("utf-8", "surrogatepass")
@@ -106,7 +107,7 @@ class Tokenizer:
             return self._enc._encode_bytes(text)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
-        """Like `encode`, for many texts at once."""
+        """Like `encode`, for many texts at once; half surrogate pairs become U+FFFD."""
         return self._enc.encode_ordinary_batch(list(texts), num_threads=num_threads)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -203,8 +204,8 @@ def check_conversation(conversation: dict) -> dict:
             raise UserError(f"message {n}: role must be system, user, assistant or retrieval, not {role!r}")
         if role == "retrieval":
             docs = message.get("documents")
-            contents = [d.get("content") if isinstance(d, dict) else getattr(d, "content", None) for d in docs or []]
-            if not isinstance(docs, list) or not all(isinstance(c, str) for c in contents):
+            get = lambda d: d.get("content") if isinstance(d, dict) else getattr(d, "content", None)
+            if not isinstance(docs, list) or not all(isinstance(get(d), str) for d in docs):
                 raise UserError(f"message {n}: a retrieval message needs 'documents', each with a text 'content'")
         elif not isinstance(message.get("content"), str):
             raise UserError(f"message {n}: a {role} message needs a text 'content'")

@@ -1,0 +1,197 @@
+"""The 'M' block: a Mamba-2 mixer whose state dict exchanges with mamba_ssm and with Hugging Face.
+
+Paper: Mamba-2, Dao & Gu 2024, arXiv 2405.21060, section 7 (figure 6). Parameter names, shapes and maths are those of
+mamba_ssm.modules.mamba2.Mamba2. On CUDA with mamba_ssm and causal_conv1d installed their kernels do the work;
+elsewhere `ssd.py` does, with the same numbers.
+
+    [z | xBC | dt] = in_proj(u)                    widths d_inner, d_inner + 2 G N, H
+    [x | B | C]    = silu(causal_conv(xBC))
+    y              = ssd_scan(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
+    out            = out_proj(rms_norm(y * silu(z)) * norm.weight)
+
+Letters are those of the glossary in `ssd.py`. A sequence may be cut anywhere: with a `MambaState` the pieces give
+what the whole gives.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.blocks import fused
+from nanochat.blocks.ssd import causal_conv, ssd_scan, ssd_step
+from nanochat.common import Linear
+
+KERNEL_DEVICES = ("cuda",)
+KERNEL_CHUNK = 256  # the chunk length the Triton kernels are tuned for; any length gives the same result
+
+
+@dataclass
+class MambaState:
+    """What a Mamba-2 layer remembers of the tokens it has seen; of constant size.
+
+    conv: the last d_conv - 1 inputs of the convolution (b, conv_dim, d_conv - 1), activation dtype, channels adjacent
+          in memory (the layout causal_conv1d wants); ssm: S (b, H, P, N) fp32.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    def clone(self) -> "MambaState":
+        return MambaState(self.conv.clone(), self.ssm.clone())
+
+
+class GatedRMSNorm(nn.Module):
+    """rms_norm(y * silu(z)) * weight, normalised within each of the G groups (mamba_ssm's norm_before_gate=False)."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y = y * F.silu(z)
+        width = y.size(-1)
+        y = F.rms_norm(y.view(*y.shape[:-1], self.groups, width // self.groups), (width // self.groups,), eps=self.eps)
+        return y.view(*y.shape[:-2], width) * self.weight.to(y.dtype)
+
+
+class Mamba2(nn.Module):
+    """The mixer: (b, T, d_model) -> (b, T, d_model)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        chunk_size: int = 64,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.d_inner = expand * d_model
+        if self.d_inner % headdim or (self.d_inner // headdim) % ngroups:
+            raise ValueError(
+                f"expand * d_model = {self.d_inner} must be a multiple of headdim ({headdim}), "
+                f"and the number of heads a multiple of ngroups ({ngroups})"
+            )
+        self.d_model, self.d_state, self.d_conv, self.headdim = d_model, d_state, d_conv, headdim
+        self.ngroups, self.chunk_size = ngroups, chunk_size
+        self.nheads = self.d_inner // headdim
+        self.conv_dim = self.d_inner + 2 * ngroups * d_state
+        self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads)
+        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1)
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads))
+        self.A_log = nn.Parameter(torch.empty(self.nheads))
+        self.D = nn.Parameter(torch.empty(self.nheads))
+        self.norm = GatedRMSNorm(self.d_inner, ngroups, norm_eps)
+        self.out_proj = Linear(self.d_inner, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1, A_range: tuple[float, float] = (1.0, 16.0)):
+        """A ~ U(1, 16); dt log-uniform in [dt_min, dt_max], stored through softplus's inverse; the rest as mamba_ssm."""
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*A_range).log())
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.D.fill_(1.0)
+        self.norm.weight.fill_(1.0)
+        self.conv1d.reset_parameters()
+        nn.init.kaiming_uniform_(self.in_proj.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+
+    def allocate_state(self, batch: int, device=None, dtype=None) -> MambaState:
+        """The state before the first token: zeros, conv in the activation dtype, ssm in fp32."""
+        weight = self.in_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        conv = torch.zeros(batch, self.d_conv - 1, self.conv_dim, device=device, dtype=dtype).transpose(1, 2)
+        ssm = torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device, dtype=torch.float32)
+        return MambaState(conv, ssm)
+
+    def forward(self, u: Tensor, state: MambaState | None = None) -> Tensor:
+        """u (b, T, d_model). With a state, continues from it and leaves it after the last token of u."""
+        if state is not None and u.size(1) == 1:
+            return self.step(u, state)
+        zxbcdt = self.in_proj(u)
+        if fused.available(u, self.ngroups, self.d_conv) and not (state is not None and torch.is_grad_enabled()):
+            return self.out_proj(self._fused(zxbcdt, state))
+        z, xBC, dt = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
+        kernels = _kernels() if u.device.type in KERNEL_DEVICES else None
+        scan = self._scan_torch if kernels is None else self._scan_kernels
+        y = scan(xBC, dt, state)
+        return self.out_proj(self.norm(y.reshape(z.shape), z))
+
+    def _fused(self, zxbcdt: Tensor, state: MambaState | None) -> Tensor:
+        past = S = None
+        if state is not None:
+            past, S = state.conv.transpose(1, 2), state.ssm
+            self._remember(zxbcdt[..., self.d_inner:self.d_inner + self.conv_dim], state)
+        y, S = fused.mixer(zxbcdt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D,
+                           self.norm.weight, self.norm.eps, self.headdim, self.d_state, self.chunk_size, past, S)
+        if state is not None:
+            state.ssm = S
+        return y
+
+    def _scan_torch(self, xBC: Tensor, dt: Tensor, state: MambaState | None) -> Tensor:
+        past = None
+        if state is not None:
+            past = state.conv.transpose(1, 2)
+            self._remember(xBC, state)
+        xBC = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past)
+        x, B, C = self._heads(xBC)
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        A = -self.A_log.float().exp()
+        if state is None:
+            return ssd_scan(x, dt, A, B, C, self.D, self.chunk_size)
+        y, state.ssm = ssd_scan(x, dt, A, B, C, self.D, self.chunk_size, state.ssm, return_final_state=True)
+        return y
+
+    def step(self, u: Tensor, state: MambaState) -> Tensor:
+        """One token, u (b, 1, d_model), in as few operations as possible: at batch 1 dispatch is the whole cost."""
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
+        past = state.conv.transpose(1, 2)
+        self._remember(xBC, state)
+        xBC = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past)
+        x, B, C = self._heads(xBC)
+        dt = F.softplus(dt[:, 0].float() + self.dt_bias.float())
+        y, state.ssm = ssd_step(x[:, 0], dt, -self.A_log.float().exp(), B[:, 0], C[:, 0], self.D, state.ssm)
+        return self.out_proj(self.norm(y.view(z.shape), z))
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(b, T, conv_dim) -> x (b, T, H, P), B and C (b, T, G, N)."""
+        GN = self.ngroups * self.d_state
+        x, B, C = xBC.split([self.d_inner, GN, GN], dim=-1)
+        return (
+            x.unflatten(-1, (self.nheads, -1)),
+            B.unflatten(-1, (self.ngroups, -1)),
+            C.unflatten(-1, (self.ngroups, -1)),
+        )
+
+    def _remember(self, xBC: Tensor, state: MambaState):
+        """Keep the last d_conv - 1 inputs of the convolution, also when fewer than that are new."""
+        keep = self.d_conv - 1
+        if xBC.size(1) < keep:
+            xBC = torch.cat([state.conv.transpose(1, 2), xBC], 1)
+        state.conv = xBC[:, -keep:].contiguous().transpose(1, 2)
+
+
+class MambaBlock(nn.Module):
+    """Pre-norm, mixer, residual: x + mixer(rms_norm(x)); the norm has no parameters, as in the attention block."""
+
+    def __init__(self, d_model: int, **mixer):
+        super().__init__()
+        self.mixer = Mamba2(d_model, **mixer)
+
+    def forward(self, x: Tensor, state: MambaState | None = None) -> Tensor:
+        return x + self.mixer(F.rms_norm(x, (x.size(-1),)), state)
+
+
+@cache
+def _kernels():
+    return None

@@ -1,0 +1,60 @@
+"""The report shows what is there and survives what isn't."""
+
+import json
+
+import pytest
+
+from nanochat.checkpoint_manager import run_dir
+from nanochat.common import UserError
+from nanochat.report import Config, evaluation_table, main, write_report
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def write_run(source, tag, half_a_line=False):
+    rows = []
+    for step in range(1, 31):
+        rows.append({"step": step, "loss": 5 / step, "tokens": 100 * step, "seconds": step * 2.0})
+        if step % 10 == 0:
+            rows.append({"step": step, "val_bpb": 2 - step / 50})
+    folder = run_dir(source, tag)
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(r) + "\n" for r in rows) + ('{"step": 31, "lo' if half_a_line else "")
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def test_an_empty_house_has_a_report_that_says_so(base):
+    assert "Nothing was trained" in write_report(base / "report", base / "evals")
+
+
+def test_runs_and_evaluations_become_tables_and_curves(base, capsys):
+    write_run("base", "d6")
+    write_run("rag", "d6", half_a_line=True)
+    write_run("base", "d6.old")
+    (base / "evals").mkdir()
+    rows = {"closed_book": {"n": 500, "f1": 0.1, "f1_lo": 0.05, "f1_hi": 0.15}, "oracle": {"n": 500, "f1": 0.75}}
+    (base / "evals" / "rag_eval.json").write_text(json.dumps({"rows": rows}))
+    (base / "evals" / "broken.json").write_text("{")
+    (base / "evals" / "foreign.json").write_text("[1, 2]")
+    main(Config())
+    text = (base / "report" / "report.md").read_text()
+    assert "base/d6 (no checkpoint yet)" in text and "d6.old" not in text
+    assert "val_bpb 1.400" in text and "3.0k" in text
+    assert "0.100 (0.050–0.150)" in text and "broken.json" in text and "foreign.json" in text
+    for name in ("base_d6.png", "rag_d6.png"):
+        assert name in text and (base / "report" / name).stat().st_size > 5000
+    assert "oracle" in capsys.readouterr().out
+
+
+def test_a_row_without_a_metric_leaves_its_cell_empty():
+    table = evaluation_table({"a": {"n": 1, "mrr": 0.5}, "b": {"n": 2, "note": "text"}})
+    assert table.splitlines()[-1].split("|")[1:4] == [" b ", " 2 ", "       "]
+
+
+def test_a_missing_evaluation_folder_is_an_error_only_when_it_was_named(base):
+    with pytest.raises(UserError, match="no such folder"):
+        main(Config(evals=str(base / "nowhere")))
