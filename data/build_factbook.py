@@ -9,9 +9,6 @@ more; the sentences of a section are packed into passages of about 70 words. A `
 sentence has it, so that a small model can copy it.
 """
 
-# Lists of words read better as text.
-# ruff: noqa: SIM905
-
 import json
 import re
 import sys

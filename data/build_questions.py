@@ -4,9 +4,6 @@ Called by build.py with the countries of build_factbook.py; nothing runs here by
 the question's id, so the same sources give the same files. A question only joins countries of one split.
 """
 
-# Lists of words read better as text.
-# ruff: noqa: SIM905
-
 import random
 import re
 from collections import defaultdict

@@ -1,8 +1,5 @@
 """Text of the World Factbook made clean: names, titles, capitals, HTML. Used by build_factbook.py only."""
 
-# Lists of words read better as text.
-# ruff: noqa: SIM905
-
 import hashlib
 import html
 import json

@@ -18,6 +18,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -191,15 +192,16 @@ def _write_state(folder: Path, state: dict[str, Any], rank: int) -> None:
         torch.save(state, f)
 
 
-def _attempt(write) -> OSError | None:
+def _attempt(write: Callable[[], None]) -> OSError | None:
     """Run `write`; the error if the disk is full or not ours, in whichever disguise a library raises it."""
     try:
         write()
         return None
     except OSError as e:
         return e
-    except (SafetensorError, RuntimeError) as e:  # safetensors and torch.save wrap the system's error
-        return OSError(0, str(e).splitlines()[0])
+    except (SafetensorError, RuntimeError) as e:  # safetensors and torch.save put their own errors on top
+        cause = e.__context__
+        return cause if isinstance(cause, OSError) else OSError(0, str(e).splitlines()[0])
 
 
 def _share(value: str | None, dist_info: Dist) -> str | None:

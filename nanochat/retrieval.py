@@ -41,6 +41,8 @@ from nanochat.tokenizer import check_conversation
 
 TYPES = ("simple", "bm25", "dense", "hybrid")
 KB_VERSION = 1
+ENCODER = {"name": Encoder.NAME, "sha256": Encoder.SHA256, "dims": Encoder.DIMS}
+REBUILD = "build it again with python -m nanochat.retrieval prepare_kb"
 # A query's work is bounded: what stands behind this many characters is not looked at (about 1,500 English words).
 MAX_QUERY_CHARS = 8192
 
@@ -163,7 +165,7 @@ class DenseRetriever(Retriever):
         if folder is not None:
             self.index = faiss.read_index(str(Path(folder) / "index.faiss"))
             return
-        self.index = faiss.IndexFlatIP(self.encoder.dims)
+        self.index = faiss.IndexFlatIP(Encoder.DIMS)
         self.index.add(self.encoder.encode_passages([doc.text for doc in self.documents]))
 
     def save(self, folder: str | Path) -> None:
@@ -237,12 +239,11 @@ def build_kb(documents: Sequence[Document], output: str | Path, type: str = "hyb
         if type in ("bm25", "hybrid"):
             BM25Retriever(documents).save(folder / "bm25")
         if type in ("dense", "hybrid"):
-            dense = DenseRetriever(documents)
-            dense.save(folder)
-            info["encoder"] = {"name": Encoder.NAME, "sha256": Encoder.SHA256, "dims": dense.encoder.dims}
-        names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+            DenseRetriever(documents).save(folder)
+            info["encoder"] = ENCODER
+        files = sorted(f for f in folder.rglob("*") if f.is_file())
         info["files"] = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names
+            f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files
         }
         info["built_from"] = built_from
         write_json(folder / "kb.json", info)
@@ -261,11 +262,9 @@ def kb_info(path: str | Path) -> dict:
     files = info.get("files") if isinstance(info, dict) and info.get("format") == "nanochat-kb" else None
     sound = isinstance(files, dict) and all(isinstance(f, dict) and "sha256" in f for f in files.values())
     if not sound or "documents.jsonl" not in files:
-        raise UserError(f"{path}/kb.json is not that of a knowledge base; build it again with prepare_kb")
+        raise UserError(f"{path}/kb.json is not that of a knowledge base; {REBUILD}")
     if info.get("version") != KB_VERSION:
-        raise UserError(
-            f"{path} has format version {info.get('version')}, not {KB_VERSION}; build it again with prepare_kb"
-        )
+        raise UserError(f"{path} has format version {info.get('version')}, not {KB_VERSION}; {REBUILD}")
     return info
 
 
@@ -282,16 +281,14 @@ def load_retriever(path: str | Path, type: str) -> Retriever:
     if type not in kb_retrievers(info):
         lacks = "dense" if "index.faiss" not in info["files"] else "bm25"
         raise UserError(f"{path} has no {lacks} index; build it again with prepare_kb --type {type}")
-    if type in ("dense", "hybrid") and dict(info["encoder"]).get("sha256") != Encoder.SHA256:
+    if type in ("dense", "hybrid") and info.get("encoder") != ENCODER:
         raise UserError(f"{path} was embedded by another encoder; build it again with prepare_kb --type {type}")
     needed = {"bm25": ("bm25/",), "dense": ("index.faiss",), "hybrid": ("bm25/", "index.faiss")}.get(type, ())
     for name, known in info["files"].items():
-        if name.startswith(("documents.jsonl", *needed)) and (
-            not (path / name).is_file() or sha256_of(path / name) != known["sha256"]
-        ):
-            raise UserError(
-                f"{path / name} is missing or was changed since it was built; build it again with prepare_kb"
-            )
+        if not name.startswith(("documents.jsonl", *needed)):
+            continue
+        if not (path / name).is_file() or sha256_of(path / name) != known["sha256"]:
+            raise UserError(f"{path / name} is missing or was changed since it was built; {REBUILD}")
     documents = [Document.from_dict(row) for row in read_jsonl(path / "documents.jsonl")]
     bm25 = BM25Retriever(documents, path / "bm25") if type in ("bm25", "hybrid") else None
     dense = DenseRetriever(documents, path) if type in ("dense", "hybrid") else None

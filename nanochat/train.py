@@ -183,11 +183,11 @@ def train(
                 loss = loss_fn(model, *batch) * (count / total)
                 loss.backward()
                 losses.append(loss.detach())
+            norm = optimizer.reduce_gradients()
             losses = torch.stack(losses).tolist()
             loss = _over_ranks(sum(losses), d)
-            norm = optimizer.reduce_gradients()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                _stop_non_finite(now.step + 1, loss, losses, batches, tokenizer, run, d)
+                _stop_non_finite(now.step + 1, loss, losses, batches, run, d)
 
             # 2. Update
             factor = lr_factor(run_progress(now.step, now.seconds, config), config)
@@ -212,7 +212,7 @@ def train(
             for e in evals:
                 if done or (e.every and now.step % e.every == 0):
                     model.eval()
-                    found = e.fn(model)
+                    found = {name: float(value) for name, value in e.fn(model).items()}
                     model.train()
                     now.metrics |= found
                     log.eval(now.step, e.name, found)
@@ -431,9 +431,7 @@ def _catch_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def _stop_non_finite(
-    step: int, loss: float, losses: list[float], batches: list, tokenizer: Any, run: Path, d: Dist
-) -> None:
+def _stop_non_finite(step: int, loss: float, losses: list[float], batches: list, run: Path, d: Dist) -> None:
     """Write the batches to a file and raise; weights and checkpoints are as they were before the step."""
     bad = next((i for i, x in enumerate(losses) if not math.isfinite(x)), None)
     file = run / f"nonfinite_step_{step:06d}_rank{d.rank}.pt"

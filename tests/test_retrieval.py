@@ -1,0 +1,437 @@
+"""Retrieval: tokens, the four retrievers, knowledge bases on disk, the command line, the example data set."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_bm25 import BM25Okapi
+
+from nanochat import retrieval
+from nanochat.common import UserError, read_jsonl
+from nanochat.documents import Document, read_documents, tokenize
+from nanochat.rag_utils import ABSTENTION, extract_citations
+from nanochat.retrieval import (
+    BM25Retriever,
+    DenseRetriever,
+    HybridRetriever,
+    RetrievalManager,
+    SimpleRetriever,
+    build_kb,
+    load_retriever,
+)
+from scripts import prepare_rag_dataset
+
+TEXTS = [
+    (
+        "Chad - land",
+        "The highest point of Chad is Emi Koussi. The climate is tropical in the south, desert in the north.",
+    ),
+    ("Chad - people", "The population of Chad is 19,093,595. Arabic and French are spoken."),
+    ("Peru - land", "The highest point of Peru is Nevado Huascaran. The climate varies from tropical to temperate."),
+    ("Peru - people", "The population of Peru is 32,600,249. Spanish, Quechua and Aymara are spoken."),
+    ("Norway - land", "The highest point of Norway is Galdhopiggen. Fjords cut into the coast."),
+    ("J. S. Bach", "Johann Sebastian Bach wrote cantatas for voice C and viola d'amore."),
+    ("東京", "東京は日本の首都です。"),
+    ("Cooking rice", "Rinse the grains, add water, simmer under a lid and let it rest."),
+]
+DOCS = [Document(f"d{n}", title, content, "test", metadata={"n": [n]}) for n, (title, content) in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def kb(tmp_path_factory):
+    """One knowledge base with every index, built once."""
+    path = tmp_path_factory.mktemp("kb") / "kb"
+    build_kb(DOCS, path, "hybrid")
+    return path
+
+
+@pytest.fixture(scope="module")
+def retrievers(kb):
+    return {name: load_retriever(kb, name) for name in retrieval.TYPES}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens and documents
+
+
+def test_tokens_are_lower_case_words_and_numbers_of_any_script():
+    assert tokenize("J. R. Tolkien's C") == ["j", "r", "tolkien", "s", "c"]
+    assert tokenize("83,871 sq km, 3.5 % of 1,2") == ["83871", "sq", "km", "3.5", "of", "1", "2"]
+    assert tokenize("São Tomé, STRASSE/Straße") == ["sao", "tome", "strasse", "strasse"]
+    assert tokenize("東京 Москва हिन्दी") == ["東", "京", "москва", "हिन्दी"]
+    assert tokenize("") == tokenize(" ,.! \x00 🙂") == []
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_tokens_of_two_texts_are_the_tokens_of_each(a, b):
+    assert tokenize(f"{a}\n{b}") == tokenize(a) + tokenize(b)
+    assert all(token and not token.isspace() for token in tokenize(a))
+
+
+def test_a_document_survives_the_way_to_json_and_back():
+    for doc in (DOCS[0], Document("x", "", "", score=0.5)):
+        assert Document.from_dict(json.loads(json.dumps(doc.to_dict()))) == doc
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"title": "t", "content": "c"}, "no field 'id'"),
+        ({"id": "a", "content": "c"}, "'a' has no field 'title'"),
+        ({"id": "a", "title": "t", "content": ["c"]}, "a list, not text, in field 'content'"),
+        ({"id": 3, "title": "t", "content": "c"}, "a int, not text, in field 'id'"),
+        ({"id": "a", "title": "t", "content": "c", "score": "high"}, "'score' must be a number"),
+        ("text", "not a str"),
+    ],
+)
+def test_a_bad_document_is_refused(row, says):
+    with pytest.raises(UserError, match=says):
+        Document.from_dict(row)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Retrievers
+
+
+@pytest.mark.parametrize("name", retrieval.TYPES)
+def test_the_right_document_comes_first(retrievers, name):
+    for query, want in [("highest point of Peru", "d2"), ("population of Chad", "d1"), ("How do I cook rice?", "d7")]:
+        found = retrievers[name].retrieve(query, 3)
+        assert found[0].id == want, query
+        assert [doc.score for doc in found] == sorted((doc.score for doc in found), reverse=True)
+
+
+def test_numbers_initials_and_unspaced_scripts_are_found_by_words(retrievers):
+    for name in ("simple", "bm25"):
+        for query, want in [("19093595", "d1"), ("J S", "d5"), ("首都", "d6")]:
+            assert retrievers[name].retrieve(query, 1)[0].id == want, (name, query)
+        assert retrievers[name].retrieve("xylophone", 5) == []
+
+
+@pytest.mark.parametrize("name", retrieval.TYPES)
+def test_what_is_returned_is_a_copy(retrievers, name):
+    found = retrievers[name].retrieve("highest point", 2)
+    for doc in found:
+        doc.content, doc.score = "overwritten", -1.0
+        doc.metadata["n"].append("more")
+    again = retrievers[name].retrieve("highest point", 2)
+    assert all(doc.content != "overwritten" and doc.score > 0 and len(doc.metadata["n"]) == 1 for doc in again)
+    assert all(doc.score is None for doc in retrievers[name].documents)
+
+
+WORDS = st.sampled_from("highest point of Chad Peru population spoken climate tropical rice 東京 C 🙂 <|bos|>".split())
+QUERIES = st.lists(st.one_of(st.lists(WORDS, max_size=6).map(" ".join), st.text(max_size=40)), max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(QUERIES, st.integers(1, 20))
+def test_a_batch_gives_what_single_queries_give_and_a_smaller_k_the_beginning(queries, top_k):
+    for retriever in (SimpleRetriever(DOCS), BM25Retriever(DOCS)):
+        batch = retriever.retrieve_batch(queries, top_k)
+        assert batch == [retriever.retrieve(query, top_k) for query in queries]
+        assert all(len(found) <= min(top_k, len(DOCS)) for found in batch)
+        assert [found[:1] for found in batch] == retriever.retrieve_batch(queries, 1)
+
+
+@pytest.mark.parametrize("name", ["dense", "hybrid"])
+def test_a_dense_batch_gives_what_single_queries_give(retrievers, name):
+    queries = [
+        f"{a} {b}" for a in ("highest point of", "people of", "") for b in ("Chad", "Peru", "a much longer place")
+    ] * 3
+    batch = retrievers[name].retrieve_batch(queries, 5)
+    for query, found in zip(queries, batch):
+        single = retrievers[name].retrieve(query, 5)
+        assert [doc.id for doc in found] == [doc.id for doc in single]
+        # padding changes fp32 sums in the last bits
+        assert np.allclose([doc.score for doc in found], [doc.score for doc in single], atol=1e-5)
+
+
+def test_equal_scores_come_in_order_of_position():
+    twins = [Document(f"t{n}", "same", "same words") for n in range(30)]
+    for retriever in (SimpleRetriever(twins), BM25Retriever(twins)):
+        assert [doc.id for doc in retriever.retrieve("same", 7)] == [f"t{n}" for n in range(7)]
+
+
+def test_bm25_ranks_as_rank_bm25_does_on_the_same_tokens():
+    """With Okapi's idf ("robertson") the scores are rank-bm25's without its factor k1 + 1, to float32's precision.
+
+    Words in more than half of the documents are left out: rank-bm25 gives those a small floor, bm25s zero. The
+    default, Lucene's idf, weighs rare words a little less: the best document is the same for four queries of five.
+    """
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{n}" for n in range(60)]
+    weights = 1 / np.arange(1, 61)
+    texts = [" ".join(rng.choice(vocabulary, rng.integers(5, 40), p=weights / weights.sum())) for _ in range(60)]
+    docs = [Document(str(n), "", text) for n, text in enumerate(texts)]
+    tokens = [tokenize(text) for text in texts]
+    rare = [word for word in vocabulary if sum(word in t for t in tokens) < 30]
+    okapi, lucene, robertson = BM25Okapi(tokens), BM25Retriever(docs), BM25Retriever(docs, method="robertson")
+    same = 0
+    for _ in range(40):
+        query = list(rng.choice(rare, 4))
+        scores = okapi.get_scores(query)
+        found = robertson.retrieve(" ".join(query), 60)
+        want = sorted((n for n in range(60) if scores[n] > 0), key=lambda n: (-round(scores[n], 4), n))
+        assert np.allclose([doc.score * 2.5 for doc in found], [scores[n] for n in want], rtol=1e-4)
+        assert np.allclose([scores[int(doc.id)] for doc in found], [scores[n] for n in want], rtol=1e-4)
+        same += lucene.retrieve(" ".join(query), 1)[0].id == found[0].id
+    assert same >= 32
+
+
+def test_odd_documents_and_queries_are_searched_without_harm():
+    odd = ["", "\x00\x1b", "🙂🙃", "שלום עולם", "word " * 50_000, "<|bos|><|doc_start|>"]
+    docs = [Document(str(n), "", text) for n, text in enumerate(odd)]
+    for retriever in (SimpleRetriever(docs), BM25Retriever(docs), BM25Retriever(docs[:3])):
+        for query in ["", " ", "\ud800", "the of a", "שלום", "<|bos|>", "🙂", "word " * 2_000_000]:  # the last: 10 MB
+            assert len(retriever.retrieve(query, 3)) <= 3
+    assert SimpleRetriever(docs).retrieve("שלום", 1)[0].id == "3"
+
+
+def test_what_cannot_be_asked_is_refused(retrievers):
+    for top_k in (0, -1, 2.5, True):
+        with pytest.raises(UserError, match="top_k"):
+            retrievers["simple"].retrieve("Chad", top_k)
+    with pytest.raises(UserError, match="must be text"):
+        retrievers["simple"].retrieve(None)
+    with pytest.raises(UserError, match="no documents"):
+        SimpleRetriever([])
+
+
+def test_fusion_prefers_what_both_lists_hold():
+    class Fixed(retrieval.Retriever):
+        def __init__(self, *order):
+            super().__init__(DOCS)
+            self.order = order
+
+        def _search(self, queries, top_k):
+            return [[(1.0, position) for position in self.order] for _ in queries]
+
+    found = HybridRetriever(Fixed(0, 1, 2), Fixed(3, 1, 4)).retrieve("any", 3)
+    assert [doc.id for doc in found] == ["d1", "d0", "d3"]
+    assert found[0].score == pytest.approx(2 / 62)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Knowledge bases
+
+
+def test_a_loaded_index_ranks_as_the_one_that_was_built(retrievers):
+    for query in ("highest point of Peru", "languages", "tropical climate"):
+        for name, built in (("bm25", BM25Retriever(DOCS)), ("dense", DenseRetriever(DOCS))):
+            assert built.retrieve(query, 5) == retrievers[name].retrieve(query, 5)
+
+
+def test_the_folder_holds_what_the_format_says_and_no_pickle(kb):
+    info = json.loads((kb / "kb.json").read_text())
+    assert (info["version"], info["documents"], info["encoder"]["dims"]) == (1, len(DOCS), 384)
+    assert {"documents.jsonl", "embeddings.npy", "index.faiss"} <= set(info["files"])
+    assert np.load(kb / "embeddings.npy", allow_pickle=False).shape == (len(DOCS), 384)
+    assert all(b"pickle" not in path.read_bytes()[:200] for path in kb.rglob("*") if path.is_file())
+
+
+def test_a_knowledge_base_serves_what_was_built(tmp_path):
+    build_kb(DOCS, tmp_path / "kb", "simple")
+    assert RetrievalManager("simple", knowledge_base=tmp_path / "kb").retrieve("Aymara", 1)[0].id == "d3"
+    with pytest.raises(UserError, match="no dense index; build it again with prepare_kb --type dense"):
+        RetrievalManager("dense", tmp_path / "kb")
+    with pytest.raises(UserError, match="unknown retriever type 'spares'"):
+        RetrievalManager("spares", tmp_path / "kb")
+    build_kb(DOCS[:3], tmp_path / "kb", "bm25")  # replaces the older one
+    assert len(RetrievalManager("bm25", tmp_path / "kb").documents) == 3
+
+
+def test_what_is_no_knowledge_base_is_said_in_one_sentence(tmp_path, kb):
+    with pytest.raises(UserError, match=r"not a knowledge base .*prepare_kb"):
+        RetrievalManager("simple", tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "knowledge_base").symlink_to(kb)
+    with pytest.raises(UserError, match="knowledge_base is: name that"):
+        RetrievalManager("simple", tmp_path / "set")
+    (tmp_path / "kb.json").write_text('{"format": "other"}')
+    with pytest.raises(UserError, match="not that of a knowledge base"):
+        RetrievalManager("simple", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "bm25/data.csc.index.npy", "bm25/params.index.json"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_tampering_is_noticed(tmp_path, name, harm):
+    build_kb(DOCS, tmp_path / "kb", "bm25")
+    path = tmp_path / "kb" / name
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if harm == "truncate" else data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    if harm == "remove":
+        path.unlink()
+    with pytest.raises(UserError, match="missing or was changed"):
+        RetrievalManager("bm25", tmp_path / "kb")
+
+
+def test_another_format_version_or_encoder_is_refused(tmp_path, kb):
+    info = json.loads((kb / "kb.json").read_text())
+    for change, says in [({"version": 99}, "version 99, not 1"), ({"encoder": {"sha256": "0"}}, "another encoder")]:
+        for path in kb.iterdir():
+            if not (tmp_path / path.name).exists():
+                (tmp_path / path.name).symlink_to(path)
+        (tmp_path / "kb.json").unlink()
+        (tmp_path / "kb.json").write_text(json.dumps({**info, **change}))
+        with pytest.raises(UserError, match=says):
+            RetrievalManager("dense", tmp_path)
+
+
+def test_a_failed_build_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
+    build_kb(DOCS, tmp_path / "kb", "bm25")
+    monkeypatch.setattr(BM25Retriever, "save", lambda self, folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        build_kb(DOCS[:2], tmp_path / "kb", "bm25")
+    monkeypatch.undo()
+    assert len(RetrievalManager("bm25", tmp_path / "kb").documents) == len(DOCS)
+    assert [path.name for path in tmp_path.iterdir()] == ["kb"]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    with pytest.raises(UserError, match="exists and is not a knowledge base"):
+        build_kb(DOCS, tmp_path / "letters", "simple")
+    assert (tmp_path / "letters" / "dear.txt").read_text() == "dear"
+
+
+def test_a_conversation_gets_documents_before_its_last_user_message(kb):
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "What is the highest point of Peru?"},
+    ]
+    conversation = {"messages": messages, "metadata": {"id": 7}}
+    before = json.dumps(conversation)
+    augmented = RetrievalManager("simple", kb, top_k=4).augment_conversation(conversation, top_k=2)
+    assert json.dumps(conversation) == before
+    assert [m["role"] for m in augmented["messages"]] == ["system", "user", "assistant", "retrieval", "user"]
+    message = augmented["messages"][3]
+    assert message["query"] == "What is the highest point of Peru?"
+    assert [set(doc) for doc in message["documents"]] == [{"id", "title", "content", "score", "source"}] * 2
+    assert message["documents"][0]["id"] == "d2" and augmented["metadata"] == {"id": 7}
+    json.dumps(augmented)
+    for bad in ({"messages": [{"role": "system", "content": "s"}]}, {"messages": []}, {}):
+        with pytest.raises(UserError):
+            RetrievalManager("simple", kb).augment_conversation(bad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def _write(path, docs):
+    path.write_text("".join(json.dumps(doc.to_dict()) + "\n" for doc in docs))
+    return str(path)
+
+
+def test_both_spellings_build_the_same_knowledge_base(tmp_path, capsys):
+    docs = _write(tmp_path / "docs.jsonl", DOCS)
+    for n, argv in enumerate((["prepare_kb"], [])):
+        retrieval.cli([*argv, "--documents", docs, "--output", str(tmp_path / f"kb{n}"), "--type", "bm25"])
+    infos = [json.loads((tmp_path / f"kb{n}" / "kb.json").read_text()) for n in (0, 1)]
+    assert infos[0] == infos[1]
+    retrieval.cli(["query", "--knowledge-base", str(tmp_path / "kb0"), "--query", "Peru", "--retriever_type", "bm25"])
+    assert "[1] Peru - " in capsys.readouterr().out
+
+
+def test_eval_writes_a_row_for_every_retriever(tmp_path, kb, capsys):
+    queries = [
+        {"query": "What is the highest point of Chad?", "positive_ids": ["d0"], "type": "single"},
+        {"query": "Highest points of Norway and Peru", "positive_ids": ["d4", "d2"], "type": "two_hop"},
+        {"query": "Who is the king of Mars?", "positive_ids": [], "type": "unanswerable"},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    out = tmp_path / "out.json"
+    retrieval.cli(["eval", "--knowledge_base", str(kb), "--queries", str(tmp_path / "q.jsonl"), "--output", str(out)])
+    result = json.loads(out.read_text())
+    assert set(result) == {"rows", "by_type", "config", "versions"}
+    assert list(result["rows"]) == ["simple", "bm25", "dense", "hybrid"]
+    for row in result["rows"].values():
+        assert row["n"] == 2 and row["recall@5"] == row["all_gold@5"] == 1.0 and row["recall@1"] == 0.75
+    assert set(result["by_type"]) == {"single", "two_hop"}
+    assert "two_hop" in capsys.readouterr().out
+
+
+GOOD = '{"id": "a", "title": "t", "content": "c"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "holds no documents"),
+        (GOOD.encode() + b"{not json\n", "line 2: not valid JSON"),
+        (GOOD.encode() + b'{"id": "\xff"}\n', "line 2"),
+        (GOOD.encode() + b'{"id": "b", "title": "t"}\n', "row 2: document 'b' has no field 'content'"),
+        (GOOD.encode() * 2, "already that of row 1"),
+        (b"[1]\n", "line 1: a list"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_documents_end_in_one_line_and_exit_code_2(tmp_path, capsys, content, says):
+    path = tmp_path / "docs.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as exit:
+        retrieval.cli(["prepare_kb", "--documents", str(path), "--output", str(tmp_path / "kb"), "--type", "simple"])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and says in err and err.count("\n") == 1
+    assert not (tmp_path / "kb").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["prepare_kb"], "give --documents"),
+        (["prepair"], "unknown command 'prepair'"),
+        (["query", "--knowledge_base", "nowhere", "--query", "x"], "not a knowledge base"),
+        (["eval", "--knowledge_bass", "x"], "did you mean --knowledge_base?"),
+    ],
+)
+def test_bad_commands_end_in_one_line_and_exit_code_2(argv, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        retrieval.cli(argv)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and says in err and err.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The example data set
+
+
+def test_the_example_answers_what_machine_learning_is(tmp_path, monkeypatch):
+    config = prepare_rag_dataset.Config(output=str(tmp_path), type="bm25")
+    prepare_rag_dataset.main(config)
+    manager = RetrievalManager(retriever_type="simple", knowledge_base_path=tmp_path / "knowledge_base")
+    assert manager.retrieve("What is machine learning?", top_k=3)[0].title == "Machine learning"
+    monkeypatch.setattr(prepare_rag_dataset, "build_kb", lambda *args: pytest.fail("built again"))
+    prepare_rag_dataset.main(config)
+
+
+def test_the_example_is_consistent(tmp_path):
+    prepare_rag_dataset.main(prepare_rag_dataset.Config(output=str(tmp_path), type="simple"))
+    docs = {doc.id: doc for doc in read_documents(tmp_path / "knowledge_base" / "documents.jsonl")}
+    topics = {}
+    for split in ("train", "val", "test"):
+        rows = list(read_jsonl(tmp_path / "queries" / f"{split}.jsonl", prepare_rag_dataset.FIELDS))
+        topics[split] = {i for row in rows for i in row["positive_ids"]}
+        for row in rows:
+            assert all(row["answer"].split()[-1].lower() in docs[i].text.lower() for i in row["positive_ids"]), row
+    assert not topics["train"] & topics["test"] and not topics["train"] & topics["val"]
+    for split in ("train", "val"):
+        cited = abstained = 0
+        for row in read_jsonl(tmp_path / "conversations" / f"{split}_rag.jsonl"):
+            shown, answer = row["messages"][1]["documents"], row["messages"][-1]["content"]
+            assert all(docs[doc["id"]].metadata["split"] == split for doc in shown)
+            numbers = extract_citations(answer)
+            assert all(1 <= n <= len(shown) for n in numbers)
+            cited, abstained = cited + bool(numbers), abstained + (answer == ABSTENTION)
+        assert cited and abstained
+
+
+def test_an_unknown_mode_is_refused(tmp_path):
+    with pytest.raises(UserError, match="unknown --mode"):
+        prepare_rag_dataset.main(prepare_rag_dataset.Config(mode="exmaple", output=str(tmp_path)))
