@@ -188,9 +188,10 @@ class MuonAdamW:
         """
         beta1, beta2 = b.group.get("betas", (0.9, 0.999))
         b.state["step"] += 1
+        first, second, step = ([b.state[k]] for k in ("exp_avg", "exp_avg_sq", "step"))
         torch._fused_adamw_(
-            [b.weight], [b.grad], [b.state["exp_avg"]], [b.state["exp_avg_sq"]], [], [b.state["step"]], lr=lr, beta1=beta1,
-            beta2=beta2, weight_decay=weight_decay, eps=b.group.get("eps", 1e-8), amsgrad=False, maximize=False,
+            [b.weight], [b.grad], first, second, [], step, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+            eps=b.group.get("eps", 1e-8), amsgrad=False, maximize=False,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -198,9 +199,7 @@ class MuonAdamW:
 
     def state_dict(self) -> dict:
         """This rank's slices, by bucket."""
-        states = [
-            b.state if b.group["kind"] == "muon" else dict(self._adamw_step.state[b.weight]) for b in self.buckets
-        ]
+        states = [b.state for b in self.buckets]
         return {"world_size": self.world_size, "names": [b.name for b in self.buckets], "states": states}
 
     @torch.no_grad()

@@ -10,7 +10,7 @@
 A knowledge base is a folder: kb.json (version, counts, checksums, encoder), documents.jsonl, bm25/, embeddings.npy,
 index.faiss. Nothing in it is pickled; it is written whole or not at all; every file is checked before it is read.
 
-  simple  TF-IDF cosine in numpy, indexed at load: needs only the documents
+  simple  TF-IDF in numpy, indexed at load: needs only the documents
   bm25    Lucene's BM25 by bm25s, over our own tokens
   dense   MiniLM sentence vectors (packaged, no download), exact inner product by faiss
   hybrid  reciprocal rank fusion of bm25 and dense
@@ -92,7 +92,11 @@ class Retriever:
 
 
 class SimpleRetriever(Retriever):
-    """Cosine of TF-IDF vectors: (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), unit length. Scores lie in (0, 1]."""
+    """TF-IDF: q·d / (|q| sqrt|d|) with weights (1 + ln tf) · (1 + ln((1 + N) / (1 + df))).
+
+    A plain cosine, which divides by |d|, favours short passages: recall@5 on 882 World Factbook validation questions
+    is 0.695 with it and 0.826 with the square root.
+    """
 
     def __init__(self, documents: Sequence[Document]):
         super().__init__(documents)
@@ -107,7 +111,7 @@ class SimpleRetriever(Retriever):
         df = np.bincount(terms, minlength=len(self.vocabulary))
         self.idf = 1 + np.log((1 + len(self.documents)) / (1 + df))
         weights = (1 + np.log(np.array(counts, dtype=np.float64))) * self.idf[terms]
-        weights /= np.sqrt(np.bincount(docs, weights**2, minlength=len(self.documents)))[docs]
+        weights /= (np.bincount(docs, weights**2, minlength=len(self.documents)) ** 0.25)[docs]
         order = np.argsort(terms, kind="stable")  # postings: the documents of term t are docs[starts[t]:starts[t + 1]]
         self.docs, self.weights = docs[order], weights[order]
         self.starts = np.concatenate([[0], np.cumsum(df)])
@@ -253,10 +257,10 @@ def build_kb(documents: Sequence[Document], output: str | Path, type: str = "hyb
 def kb_info(path: str | Path) -> dict:
     """What kb.json says. Raises UserError if `path` isn't a knowledge base this version reads."""
     path = Path(path)
+    if (path / "knowledge_base" / "kb.json").is_file():
+        raise UserError(f"{path} is not a knowledge base, but {path / 'knowledge_base'} is: name that")
     if not (path / "kb.json").is_file():
         how = "python -m nanochat.retrieval prepare_kb --documents docs.jsonl --output kb"
-        if (path / "knowledge_base" / "kb.json").is_file():
-            raise UserError(f"{path} is not a knowledge base, but {path / 'knowledge_base'} is: name that")
         raise UserError(f"{path} is not a knowledge base (no kb.json in it); make one with {how}")
     info = read_json(path / "kb.json")
     files = info.get("files") if isinstance(info, dict) and info.get("format") == "nanochat-kb" else None
@@ -361,7 +365,7 @@ class QueryConfig:
     knowledge_base: str = ""  # a folder made by prepare_kb
     query: str = ""  # the question
     top_k: int = 5  # how many passages
-    retriever_type: str = "hybrid"  # simple, bm25, dense or hybrid
+    retriever_type: str = ""  # simple, bm25, dense or hybrid; by default what the knowledge base was built for
 
 
 @dataclass
@@ -376,9 +380,8 @@ class EvalConfig:
 
 
 def _require(config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name):
-            raise UserError(f"give --{name}; --help lists what can be given")
+    if missing := [name for name in names if not getattr(config, name)]:
+        raise UserError(f"give --{missing[0]}; --help lists what can be given")
 
 
 def prepare_kb(config: PrepareConfig) -> None:
@@ -386,13 +389,16 @@ def prepare_kb(config: PrepareConfig) -> None:
     start = time.time()
     info = build_kb(read_documents(config.documents), config.output, config.type, sha256_of(Path(config.documents)))
     size = sum(entry["bytes"] for entry in info["files"].values()) / 1e6
-    print0(f"{config.output}: {info['documents']} documents, {size:.1f} MB, in {time.time() - start:.1f} s; "
-           f"serves {', '.join(kb_retrievers(info))}")  # fmt: skip
+    serves = ", ".join(kb_retrievers(info))
+    print0(
+        f"{config.output}: {info['documents']} documents, {size:.1f} MB, {time.time() - start:.1f} s; serves {serves}"
+    )
 
 
 def query(config: QueryConfig) -> None:
     _require(config, "knowledge_base", "query")
-    found = RetrievalManager(config.retriever_type, config.knowledge_base, top_k=config.top_k).retrieve(config.query)
+    kind = config.retriever_type or kb_info(config.knowledge_base)["type"]
+    found = RetrievalManager(kind, config.knowledge_base).retrieve(config.query, config.top_k)
     for n, doc in enumerate(found, 1):
         print0(f"{doc.score:.4f}  {document_text(doc, n)}\n")
     if not found:
@@ -404,17 +410,14 @@ def evaluate(config: EvalConfig) -> dict:
     _require(config, "knowledge_base", "queries")
     info = kb_info(config.knowledge_base)
     rows = [row for row in read_jsonl(config.queries, ("query", "positive_ids")) if row["positive_ids"]]
+    if any(not isinstance(row["positive_ids"], list) for row in rows):
+        raise UserError(f"{config.queries}: positive_ids must be a list of document ids")
     if config.max_examples and len(rows) > config.max_examples:
         rows = random.Random(config.seed).sample(rows, config.max_examples)
     if not rows:
         raise UserError(f"{config.queries} has no question with positive_ids")
     kinds = sorted({str(row.get("type", "all")) for row in rows})
-    result: dict = {
-        "rows": {},
-        "by_type": {kind: {} for kind in kinds},
-        "config": asdict(config),
-        "versions": versions(),
-    }
+    result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config), "versions": versions()}
     for name in kb_retrievers(info):
         retriever, start = load_retriever(config.knowledge_base, name), time.time()
         ranked = [[doc.id for doc in found] for found in retriever.retrieve_batch([row["query"] for row in rows], 10)]

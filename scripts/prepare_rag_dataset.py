@@ -100,7 +100,7 @@ def conversations(queries: list[dict], documents: list[Document], split: str, rn
         shown = gold + others[: max(0, 3 - len(gold))]
         rng.shuffle(shown)
         numbers = [k for k, doc in enumerate(shown, 1) if doc.id in row["positive_ids"]]
-        answer = f"{row['answer']} {''.join(f'[{k}]' for k in numbers)}" if gold else ABSTENTION
+        answer = f"{row['answer']}. {''.join(f'[{k}]' for k in numbers)}" if gold else ABSTENTION
         scores = {doc.id: doc.score for doc in hits}
         keys = ("id", "title", "content", "source")
         docs = [{**{key: getattr(doc, key) for key in keys}, "score": scores.get(doc.id)} for doc in shown]

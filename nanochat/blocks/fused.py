@@ -1,4 +1,4 @@
-"""A Mamba-2 mixer between its two projections, for training and prefill on CPUs: torch's matrix products plus fused.cpp.
+"""A Mamba-2 mixer between its two projections, for training and prefill on CPUs: torch.bmm plus fused.cpp.
 
 What it computes is what `ssd.py` computes, and the letters are the glossary's; read that first. Eager PyTorch spends
 80 % of a mixer's time in element-wise passes over (b, T, d_inner), and its bf16 element-wise operations run at 0.4 ns
@@ -31,8 +31,7 @@ from nanochat.common import get_base_dir
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
          "-fno-signed-zeros", "-ffinite-math-only"]  # the last two let min and max compile to one instruction
-import os as _o
-BLOCK = int(_o.environ.get("BLK", 512 * 768))  # elements of x handled at a time
+BLOCK = 1024 * 768  # elements of x between two matrix products: 6 % faster than all at once, 14 % than a quarter of it
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -126,7 +125,8 @@ class _Mixer(torch.autograd.Function):
         M, CB = zx.new_empty(b, c, H, Q, Q), zx.new_empty(b, c, Q, Q)
         S_in, y_in = zx.new_empty(b, c, N, E), zx.new_empty(b, c, Q, E)
         y, out, rstd = zx.new_empty(b, T, E), zx.new_empty(b, T, E), torch.empty(b, T)
-        S = torch.zeros(b, H, N, P) if S is None else S.float().transpose(2, 3).clone(memory_format=torch.contiguous_format)
+        S = torch.zeros(b, H, P, N) if S is None else S.float()
+        S = S.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # (b, H, N, P), overwritten below
         x_all, B_all, C_all = xbc.view(b, c, Q, C).split([E, N, N], -1)
         for i, k in _blocks(b, c, Q * E):
             n, t = k.stop - k.start, k.start * Q

@@ -16,6 +16,7 @@ what the whole gives.
 import math
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -96,7 +97,7 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1, A_range: tuple[float, float] = (1.0, 16.0)):
-        """A ~ U(1, 16); dt log-uniform in [dt_min, dt_max], stored through softplus's inverse; the rest as mamba_ssm."""
+        """A ~ U(1, 16); dt log-uniform in [dt_min, dt_max], stored through softplus's inverse; else as mamba_ssm."""
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*A_range).log())
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
@@ -119,13 +120,43 @@ class Mamba2(nn.Module):
         if state is not None and u.size(1) == 1:
             return self.step(u, state)
         zxbcdt = self.in_proj(u)
-        if fused.available(u, self.ngroups, self.d_conv) and not (state is not None and torch.is_grad_enabled()):
+        with_grad_to_state = state is not None and torch.is_grad_enabled()
+        if fused.available(u, self.ngroups, self.d_conv) and not with_grad_to_state:
             return self.out_proj(self._fused(zxbcdt, state))
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
-        kernels = _kernels() if u.device.type in KERNEL_DEVICES else None
-        scan = self._scan_torch if kernels is None else self._scan_kernels
-        y = scan(xBC, dt, state)
-        return self.out_proj(self.norm(y.reshape(z.shape), z))
+        scan = self._scan_kernels if self._kernels_for(u) else self._scan_torch
+        return self.out_proj(self.norm(scan(xBC, dt, state).reshape(z.shape), z))
+
+    def step(self, u: Tensor, state: MambaState) -> Tensor:
+        """One token, u (b, 1, d_model), in as few operations as possible: at batch 1 dispatch is the whole cost."""
+        z, xBC, dt = self.in_proj(u.squeeze(1)).split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
+        step = self._step_kernels if self._kernels_for(u) else self._step_torch
+        return self.out_proj(self.norm(step(xBC, dt, state).view(z.shape), z)).unsqueeze(1)
+
+    # Pure PyTorch: any device, differentiable through the state.
+
+    def _scan_torch(self, xBC: Tensor, dt: Tensor, state: MambaState | None) -> Tensor:
+        past = None if state is None else state.conv.transpose(1, 2)
+        if state is not None:
+            self._remember(xBC, state)
+        x, B, C = self._heads(causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past))
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        A = -self.A_log.float().exp()
+        if state is None:
+            return ssd_scan(x, dt, A, B, C, self.D, self.chunk_size)
+        y, state.ssm = ssd_scan(x, dt, A, B, C, self.D, self.chunk_size, state.ssm, return_final_state=True)
+        return y
+
+    def _step_torch(self, xBC: Tensor, dt: Tensor, state: MambaState) -> Tensor:
+        window = torch.cat([state.conv.transpose(1, 2), xBC.unsqueeze(1)], 1)  # (b, d_conv, conv_dim)
+        state.conv = window[:, 1:].transpose(1, 2)
+        weight = self.conv1d.weight.view(self.conv_dim, self.d_conv).t().to(xBC.dtype)
+        x, B, C = self._heads(F.silu((window * weight).sum(1) + self.conv1d.bias.to(xBC.dtype)))
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        y, state.ssm = ssd_step(x, dt, -self.A_log.float().exp(), B, C, self.D, state.ssm)
+        return y
+
+    # CPU: fused.py, everything between the projections.
 
     def _fused(self, zxbcdt: Tensor, state: MambaState | None) -> Tensor:
         past = S = None
@@ -138,40 +169,46 @@ class Mamba2(nn.Module):
             state.ssm = S
         return y
 
-    def _scan_torch(self, xBC: Tensor, dt: Tensor, state: MambaState | None) -> Tensor:
-        past = None
+    # CUDA: the kernels of mamba_ssm and causal_conv1d.
+
+    def _kernels_for(self, u: Tensor) -> bool:
+        # causal_conv1d's channels-last kernel, the only one that takes an initial state, wants channels in eights.
+        return u.device.type in KERNEL_DEVICES and self.conv_dim % 8 == 0 and _kernels() is not None
+
+    def _scan_kernels(self, xBC: Tensor, dt: Tensor, state: MambaState | None) -> Tensor:
+        kernels = _kernels()
+        if xBC.stride(1) % 8 or xBC.stride(0) % 8:  # rows of in_proj's output start at multiples of 8 only if it is
+            xBC = xBC.contiguous()  # that wide: n_heads % 8 == 0 saves this copy
+        past, S = None, None
         if state is not None:
-            past = state.conv.transpose(1, 2)
+            past, S = state.conv.transpose(1, 2).contiguous().transpose(1, 2).to(xBC.dtype), state.ssm
             self._remember(xBC, state)
-        xBC = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past)
+        xBC = kernels.causal_conv1d_fn(xBC.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias,
+                                       initial_states=past, activation="silu").transpose(1, 2)
         x, B, C = self._heads(xBC)
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        A = -self.A_log.float().exp()
-        if state is None:
-            return ssd_scan(x, dt, A, B, C, self.D, self.chunk_size)
-        y, state.ssm = ssd_scan(x, dt, A, B, C, self.D, self.chunk_size, state.ssm, return_final_state=True)
+        y = kernels.mamba_chunk_scan_combined(
+            x, dt, -self.A_log.float().exp(), B, C, chunk_size=KERNEL_CHUNK, D=self.D, dt_bias=self.dt_bias,
+            dt_softplus=True, initial_states=S, return_final_states=state is not None)
+        if state is not None:
+            y, state.ssm = y[0], y[1].float()
         return y
 
-    def step(self, u: Tensor, state: MambaState) -> Tensor:
-        """One token, u (b, 1, d_model), in as few operations as possible: at batch 1 dispatch is the whole cost."""
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
-        past = state.conv.transpose(1, 2)
-        self._remember(xBC, state)
-        xBC = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past)
+    def _step_kernels(self, xBC: Tensor, dt: Tensor, state: MambaState) -> Tensor:
+        kernels = _kernels()
+        xBC = kernels.causal_conv1d_update(xBC.contiguous(), state.conv, self.conv1d.weight.squeeze(1),
+                                           self.conv1d.bias, "silu")  # shifts state.conv in place
         x, B, C = self._heads(xBC)
-        dt = F.softplus(dt[:, 0].float() + self.dt_bias.float())
-        y, state.ssm = ssd_step(x[:, 0], dt, -self.A_log.float().exp(), B[:, 0], C[:, 0], self.D, state.ssm)
-        return self.out_proj(self.norm(y.view(z.shape), z))
+        H, P, N = self.nheads, self.headdim, self.d_state
+        # Scalars per head go in as stride-0 views: the kernel then reads one number instead of P (or P N) of them.
+        return kernels.selective_state_update(
+            state.ssm, x, dt.unsqueeze(-1).expand(-1, H, P), (-self.A_log.float().exp()).view(H, 1, 1).expand(H, P, N),
+            B, C, D=self.D.view(H, 1).expand(H, P), dt_bias=self.dt_bias.view(H, 1).expand(H, P), dt_softplus=True)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(b, T, conv_dim) -> x (b, T, H, P), B and C (b, T, G, N)."""
+        """(b, [T,] conv_dim) -> x (b, [T,] H, P), B and C (b, [T,] G, N)."""
         GN = self.ngroups * self.d_state
         x, B, C = xBC.split([self.d_inner, GN, GN], dim=-1)
-        return (
-            x.unflatten(-1, (self.nheads, -1)),
-            B.unflatten(-1, (self.ngroups, -1)),
-            C.unflatten(-1, (self.ngroups, -1)),
-        )
+        return tuple(t.unflatten(-1, (n, -1)) for t, n in ((x, self.nheads), (B, self.ngroups), (C, self.ngroups)))
 
     def _remember(self, xBC: Tensor, state: MambaState):
         """Keep the last d_conv - 1 inputs of the convolution, also when fewer than that are new."""
@@ -193,5 +230,14 @@ class MambaBlock(nn.Module):
 
 
 @cache
-def _kernels():
-    return None
+def _kernels() -> SimpleNamespace | None:
+    """The CUDA kernels, by submodule: `import mamba_ssm` alone would pull in the compiled Mamba-1."""
+    try:
+        from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    return SimpleNamespace(
+        causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update,
+        selective_state_update=selective_state_update, mamba_chunk_scan_combined=mamba_chunk_scan_combined)
