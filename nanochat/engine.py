@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from nanochat.blocks.gemv import speed_up
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Cache
 from nanochat.tokenizer import Tokenizer
@@ -95,6 +96,7 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        speed_up(model)
         self.stop = {tokenizer.assistant_end, tokenizer.bos}
         self.special = set(tokenizer.special_ids.values())
         self.last_read: Prefix | None = None  # the prompt `stream` read last: a follow-up reads only what is new

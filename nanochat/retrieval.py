@@ -81,11 +81,11 @@ class Retriever:
                 raise UserError(f"a query must be text, not a {type(query).__name__}")
         queries = [valid_unicode(query[:MAX_QUERY_CHARS]) for query in queries]
         hits = self._search(queries, min(top_k, len(self.documents)))
-        return [[self._copy(position, score) for score, position in found] for found in hits]
-
-    def _copy(self, position: int, score: float) -> Document:
-        doc = self.documents[position]
-        return replace(doc, score=score, metadata=copy.deepcopy(doc.metadata))
+        docs = self.documents
+        return [
+            [replace(docs[i], score=score, metadata=copy.deepcopy(docs[i].metadata)) for score, i in found]
+            for found in hits
+        ]
 
     def _search(self, queries: list[str], top_k: int) -> list[list[tuple[float, int]]]:
         raise NotImplementedError
@@ -417,7 +417,8 @@ def evaluate(config: EvalConfig) -> dict:
     if not rows:
         raise UserError(f"{config.queries} has no question with positive_ids")
     kinds = sorted({str(row.get("type", "all")) for row in rows})
-    result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config), "versions": versions()}
+    versions = {name: importlib.metadata.version(name) for name in ("numpy", "bm25s", "faiss-cpu", "torch")}
+    result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config), "versions": versions}
     for name in kb_retrievers(info):
         retriever, start = load_retriever(config.knowledge_base, name), time.time()
         ranked = [[doc.id for doc in found] for found in retriever.retrieve_batch([row["query"] for row in rows], 10)]
@@ -435,12 +436,6 @@ def evaluate(config: EvalConfig) -> dict:
     if config.output:
         write_json(config.output, result)
     return result
-
-
-def versions() -> dict[str, str]:
-    """The versions an evaluation depends on."""
-    names = ("numpy", "bm25s", "faiss-cpu", "sentence-transformers", "torch")
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
 
 
 COMMANDS = {"prepare_kb": (prepare_kb, PrepareConfig), "query": (query, QueryConfig), "eval": (evaluate, EvalConfig)}

@@ -55,10 +55,8 @@ class GatedRMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y = y * F.silu(z)
-        width = y.size(-1)
-        y = F.rms_norm(y.view(*y.shape[:-1], self.groups, width // self.groups), (width // self.groups,), eps=self.eps)
-        return y.view(*y.shape[:-2], width) * self.weight.to(y.dtype)
+        g = (y.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))  # fp32, as mamba_ssm and HF do
+        return (F.rms_norm(g, (g.size(-1),), eps=self.eps).flatten(-2) * self.weight.float()).to(y.dtype)
 
 
 class Mamba2(nn.Module):

@@ -24,7 +24,7 @@ def rope_table(n: int, head_dim: int, base: float, device: torch.device) -> tupl
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of x (B, T, H, D) by the angles of their positions; cos, sin broadcast to (B, T, 1, D/2)."""
+    """Rotate the halves of x (B, H, T, D) by the angles of their positions; cos, sin broadcast to (B, H, T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
@@ -71,9 +71,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, pos: "Positions", state: KVState | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        q, k = norm(rotate(q, pos.cos, pos.sin)), norm(rotate(k, pos.cos, pos.sin))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        qk, v = qkv.transpose(1, 2).split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)  # (B, heads, T, D)
+        qk = norm(rotate(qk, pos.cos, pos.sin))  # both at once: half the operations, which is what decoding costs
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         if state is not None:
             k, v = state.append(k, v, pos.start)
         y = F.scaled_dot_product_attention(
@@ -92,12 +92,12 @@ class Positions:
         self.start = start
         self.mask = None
         if isinstance(start, int):
-            self.cos, self.sin = (x[None, start : start + T, None].to(dtype) for x in (cos, sin))
+            self.cos, self.sin = (x[start : start + T].to(dtype) for x in (cos, sin))  # (T, D/2)
             if start and T > 1:  # T queries over start + T keys: SDPA's is_causal would align the wrong corner
                 self.mask = torch.ones(T, start + T, dtype=torch.bool, device=cos.device).tril(start)
         else:
             where = start[:, None] + torch.arange(T, device=cos.device)  # (B, T)
-            self.cos, self.sin = (x[where][:, :, None].to(dtype) for x in (cos, sin))
+            self.cos, self.sin = (x[where][:, None].to(dtype) for x in (cos, sin))  # (B, 1, T, D/2)
             keys = torch.arange(int(start.max()) + T, device=cos.device)
             self.mask = (keys <= where[..., None])[:, None]  # (B, 1, T, S)
 
