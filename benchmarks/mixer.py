@@ -78,16 +78,28 @@ def contenders(config: Config) -> dict[str, tuple[nn.Module, torch.dtype]]:
     stack = lambda make: nn.Sequential(*(make() for _ in range(config.layers)))
     ours = lambda: MambaBlock(config.width, d_state=HEAD, headdim=HEAD, chunk_size=HEAD)
     weights = sum(p.numel() for p in ours().parameters() if p.ndim == 2)
-    found = {"ours bf16": (stack(ours), torch.bfloat16), "ours fp32": (stack(ours), torch.float32),
-             "attention+mlp bf16": (stack(lambda: Attention(config.width, weights)), torch.bfloat16)}
+    found = {
+        "ours bf16": (stack(ours), torch.bfloat16),
+        "ours fp32": (stack(ours), torch.float32),
+        "attention+mlp bf16": (stack(lambda: Attention(config.width, weights)), torch.bfloat16),
+    }
     if config.compile:  # under torch.compile a block takes the PyTorch path by itself
         found["ours bf16 torch.compile"] = (stack(lambda: torch.compile(ours(), dynamic=False)), torch.bfloat16)
     try:
         from transformers import Mamba2Config, logging
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
         logging.set_verbosity_error()
-        hf = Mamba2Config(hidden_size=config.width, state_size=HEAD, head_dim=HEAD, num_heads=2 * config.width // HEAD,
-                          n_groups=1, chunk_size=HEAD, num_hidden_layers=1, use_bias=False)
+        hf = Mamba2Config(
+            hidden_size=config.width,
+            state_size=HEAD,
+            head_dim=HEAD,
+            num_heads=2 * config.width // HEAD,
+            n_groups=1,
+            chunk_size=HEAD,
+            num_hidden_layers=1,
+            use_bias=False,
+        )
         found["huggingface fp32"] = (stack(lambda: Residual(Mamba2Mixer(hf, 0))), torch.float32)
         found["huggingface bf16"] = (stack(lambda: Residual(Mamba2Mixer(hf, 0), autocast=True)), torch.float32)
     except ImportError:
@@ -95,6 +107,7 @@ def contenders(config: Config) -> dict[str, tuple[nn.Module, torch.dtype]]:
     try:
         from mambapy.mamba import MambaBlock as Mamba1
         from mambapy.mamba import MambaConfig
+
         found["mambapy fp32"] = (stack(lambda: Residual(Mamba1(MambaConfig(config.width, 1)))), torch.float32)
     except ImportError:
         print("mambapy isn't installed: no row for it")
@@ -114,8 +127,9 @@ def train_pass(model: nn.Module, x: torch.Tensor) -> Callable[[], float]:
 
 def peak_memory(case: Callable[[], float]) -> float | None:
     """GB by which one call raises the resident set (Linux only)."""
-    status = lambda key: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
-                              if line.startswith(key))
+    status = lambda key: next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = status("VmRSS")

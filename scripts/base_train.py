@@ -1,7 +1,7 @@
 """Pretrain a model: first to copy and recall, then to continue text.
 
     python -m scripts.base_train --depth 6 --block_pattern hybrid
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --config configs/node.py
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 20 --data fineweb:240
 
 `--depth` sets width and heads; `--block_pattern` is gpt, hybrid, mamba or letters such as MMTMMT. The run opens with
 the drill ladder (tasks/drills.py): on two cores it is minutes, and without it nothing later learns to read. When the

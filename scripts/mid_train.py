@@ -1,7 +1,7 @@
 """Midtraining: the pretrained model learns conversations and to read one document.
 
     python -m scripts.mid_train --num_iterations 500
-    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train --config configs/node.py
+    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
 Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and reading: one or two documents
 with many questions to each, every field of the factbook, names and answers exchanged in half of them. This dense

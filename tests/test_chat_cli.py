@@ -121,7 +121,7 @@ def test_turns_are_remembered_without_their_citations_and_passages(home, monkeyp
     text = engines[0].tokenizer.decode(engines[0].asked)
     assert text.startswith("<|bos|><|system_start|> Be brief.<|system_end|><|user_start|> The river of Freedonia?")
     assert "<|assistant_start|> The Long River.<|assistant_end|>" in text
-    assert text.count("<|doc_start|>") == 1 and text.index("Oldtown") < text.index("And the capital")
+    assert text.count("<|doc_start|>") == 1 and text.index("Oldtown") < text.rindex("And the capital")
 
 
 def test_old_turns_make_room_for_new_ones(home, monkeypatch, capsys):
