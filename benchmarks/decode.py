@@ -3,7 +3,8 @@
     python -m benchmarks.decode                              # depth 6, batch 1 and 8
     python -m benchmarks.decode --threads 1 --output decode.json
 
-Every model is tried in fp32 and bf16 (weights cast once) and judged by its better one. Greedy decoding of `tokens`
+Rows named llama_for_… and mamba2_for_… are Hugging Face's. Every model is tried in fp32 and bf16 (weights cast once)
+and judged by its better one. Greedy decoding of `tokens`
 tokens after a prompt; the prompt's reading is timed with it on both sides. Weights are random: speed doesn't care.
 Target: at batch 1 at least twice the Llama's tokens per second.
 """
@@ -32,7 +33,7 @@ class Config:
     rounds: int = 5  # turns each contender has
     threads: int = 0  # 0: torch's default
     seed: int = 0
-    max_examples: int = 0  # measure only the first so many models (0: all)
+    max_examples: int = 0  # measure only the first so many of gpt, hybrid, mamba (0: all)
     output: str = ""  # write the figures to this JSON file
 
 
@@ -124,20 +125,18 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     tokenizer = byte_tokenizer()
     rows: dict[str, dict[str, float | str]] = {}
-    # parameter counts come first: the peers are built to match the gpt
-    target = ours("gpt", config.depth, torch.float32).num_params()["total"]
-    build = {
-        "hf_llama": lambda dtype: llama(target, config.depth).eval().to(dtype),
-        "gpt": lambda dtype: ours("gpt", config.depth, dtype),
-        "hybrid": lambda dtype: ours("hybrid", config.depth, dtype),
-        "mamba": lambda dtype: ours("mamba", config.depth, dtype),
-        "hf_mamba2": lambda dtype: hf_mamba2(target, config.depth).eval().to(dtype),
-    }
-    names = list(build)[: config.max_examples or None]
+    # Each of our models with a Llama of its own size; hf_mamba2 has the size of our mamba
+    sizes = {n: ours(n, config.depth, torch.float32).num_params()["total"] for n in ("gpt", "hybrid", "mamba")}
+    build: dict[str, Callable[[torch.dtype], torch.nn.Module]] = {}
+    for name in list(sizes)[: config.max_examples or None]:
+        build[name] = lambda dtype, name=name: ours(name, config.depth, dtype)
+        build[f"llama_for_{name}"] = lambda dtype, n=sizes[name]: llama(n, config.depth).eval().to(dtype)
+    if "mamba" in build:
+        build["mamba2_for_mamba"] = lambda dtype: hf_mamba2(sizes["mamba"], config.depth).eval().to(dtype)
     for batch in batches:
         ids = torch.randint(0, 256, (batch, config.prompt))
         cases, params = {}, {}
-        for name in names:
+        for name in build:
             for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
                 model = build[name](dtype)
                 params[name] = sum(p.numel() for p in model.parameters())
@@ -146,9 +145,9 @@ def main(config: Config) -> None:
                 else:
                     cases[name, label] = decode_hf(model, ids, config.tokens)
         result = interleave(cases, config.rounds)
-        best = {n: max((k for k in cases if k[0] == n), key=lambda k: result[k]["rate"]) for n in names}
-        for name in names:
-            r, base = result[best[name]], result[best["hf_llama"]]
+        best = {n: max((k for k in cases if k[0] == n), key=lambda k: result[k]["rate"]) for n in build}
+        for name in build:
+            r = result[best[name]]
             rows[f"{name}_batch{batch}"] = {
                 "n": config.rounds,
                 "dtype": best[name][1],
@@ -157,10 +156,12 @@ def main(config: Config) -> None:
                 "tokens_per_cpu_second": r["cpu_rate"],
                 "fp32_tokens_per_second": result[name, "fp32"]["rate"],
                 "bf16_tokens_per_second": result[name, "bf16"]["rate"],
-                "times_llama": r["rate"] / base["rate"],
             }
-            if "hf_mamba2" in best:
-                rows[f"{name}_batch{batch}"]["times_mamba2"] = r["rate"] / result[best["hf_mamba2"]]["rate"]
+            for peer in (f"llama_for_{name}", f"mamba2_for_{name}"):
+                if peer in best:
+                    rows[f"{name}_batch{batch}"][f"times_{peer.partition('_')[0]}"] = (
+                        r["rate"] / result[best[peer]]["rate"]
+                    )
     report(rows, asdict(config), ("transformers",), config.output)
 
 

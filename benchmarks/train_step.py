@@ -99,33 +99,32 @@ def main(config: Config) -> None:
     names = [name.strip() for name in config.models.split(",")][: config.max_examples or None]
     cases: dict[tuple[str, str], Callable[[], float]] = {}
     flops, params = {}, {}
-    target = GPT(GPTConfig.from_depth(config.depth, "gpt", vocab_size=VOCAB)).num_params()["total"]
     for compiled in ways:
         how = "compiled" if compiled else "eager"
-        for precision in ("fp32", "autocast", "bf16"):
-            cases["hf_llama", f"{precision} {how}"] = step_hf(target, config, precision, compiled)
         for name in names:
             case, model = step_ours(name, config, dtype, compiled)
             cases[name, f"{str(dtype).removeprefix('torch.')} {how}"] = case
             flops[name], params[name] = model.flops_per_token(config.length), model.num_params()["total"]
-    # the Llama's matrices do the same work as the gpt's
-    flops["hf_llama"] = GPT(GPTConfig.from_depth(config.depth, "gpt", vocab_size=VOCAB)).flops_per_token(config.length)
-    params["hf_llama"] = target
+            for precision in ("fp32", "autocast", "bf16"):
+                cases[f"llama_for_{name}", f"{precision} {how}"] = step_hf(params[name], config, precision, compiled)
     roof = matmul_rate(torch.bfloat16)
     result = interleave(cases, config.rounds)
     roof = max(roof, matmul_rate(torch.bfloat16))
-    best = {n: max((k for k in cases if k[0] == n), key=lambda k: result[k]["rate"]) for n in ("hf_llama", *names)}
+    best = {n: max((k for k in cases if k[0] == n), key=lambda k: result[k]["rate"]) for n, _ in cases}
     rows: dict[str, dict[str, float | str]] = {}
-    for name, key in best.items():
-        rows[name] = {
-            "n": config.rounds * config.steps,
-            "how": key[1],
-            "parameters": params[name],
-            "tokens_per_second": result[key]["rate"],
-            "tokens_per_cpu_second": result[key]["cpu_rate"],
-            "times_llama": result[key]["rate"] / result[best["hf_llama"]]["rate"],
-            "mfu": result[key]["rate"] * flops[name] / roof,
-        }
+    for name in names:
+        peer = f"llama_for_{name}"
+        for row in (name, peer):
+            r = result[best[row]]
+            rows[row] = {
+                "n": config.rounds * config.steps,
+                "how": best[row][1],
+                "parameters": params[name],
+                "tokens_per_second": r["rate"],
+                "tokens_per_cpu_second": r["cpu_rate"],
+            }
+        rows[name]["times_llama"] = rows[name]["tokens_per_second"] / rows[peer]["tokens_per_second"]
+        rows[name]["mfu"] = rows[name]["tokens_per_second"] * flops[name] / roof
     for key, r in result.items():
         if key not in best.values():
             rows[f"{key[0]} ({key[1]})"] = {"how": key[1], "tokens_per_second": r["rate"]}

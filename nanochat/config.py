@@ -17,6 +17,8 @@ import dataclasses
 import difflib
 import os
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read the config {path}: {e.strerror}") from e
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:  # the last two: nested thousands deep
         raise UserError(f"the config {path} is not valid Python: {e}") from e
     values = {}
     for node in tree.body:
@@ -54,7 +56,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def _evaluate(node: ast.expr, path: str | Path) -> Any:
-    """A literal, or + - * / // ** of numbers."""
+    """A literal, or + - * / // of numbers."""
     ops = {
         ast.Add: "__add__",
         ast.Sub: "__sub__",
@@ -70,7 +72,7 @@ def _evaluate(node: ast.expr, path: str | Path) -> Any:
                     left = float(left)
                 return getattr(left, ops[type(node.op)])(right)
         return ast.literal_eval(node)
-    except (ValueError, ZeroDivisionError) as e:
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as e:
         raise UserError(
             f"{path}, line {node.lineno}: the value must be a literal such as 6, 0.02, 'text' or True"
         ) from e
@@ -81,20 +83,22 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _check_type(path: str, name: str, value: Any, default: Any) -> Any:
-    """A config file's value must have the type of the field's default (an int will do for a float)."""
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+def _check_type(path: str, name: str, value: Any, want: Any) -> Any:
+    """A config file's value must have the type of the field (an int will do for a float)."""
+    kinds = typing.get_args(want) if isinstance(want, types.UnionType) else (want,)  # str | None
+    if type(value) in kinds:
+        return value
+    if float in kinds and type(value) is int and abs(value) < 1e300:
         return float(value)
-    if default is not None and type(value) is not type(default):
-        want, got = type(default).__name__, type(value).__name__
-        raise UserError(f"{path}: {name} = {value!r} is of type {got}, but {name} takes {want}")
-    return value
+    takes = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
+    got = type(value).__name__
+    raise UserError(f"{path}: {name} = {str(value)[:60]} is of type {got}, but {name} takes {takes}")
 
 
 def parse(config_class: type, argv: Sequence[str] | None = None, description: str = "") -> Any:
     """Parse `argv` (default: the process's arguments) into a `config_class`. Raises UserError on bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    names = [f.name for f in dataclasses.fields(config_class)]
+    names, hints = [f.name for f in dataclasses.fields(config_class)], typing.get_type_hints(config_class)
     values: dict[str, Any] = {}
     # --config first: what it sets becomes the defaults that --help shows
     rest = []
@@ -104,11 +108,10 @@ def parse(config_class: type, argv: Sequence[str] | None = None, description: st
             path = arg.partition("=")[2] or next(it, "")
             if not path:
                 raise UserError("--config needs a file, for example --config configs/cpu.py")
-            defaults = config_class()
             for name, value in load_config_file(path).items():
                 if name not in names:
                     raise UserError(f"{path}: unknown setting '{name}'{_nearest(name, names)}")
-                values[name] = _check_type(path, name, value, getattr(defaults, name))
+                values[name] = _check_type(path, name, value, hints[name])
         else:
             rest.append(arg)
     parser = _Parser(
@@ -126,6 +129,8 @@ def parse(config_class: type, argv: Sequence[str] | None = None, description: st
         if not unknown[0].startswith("-"):
             raise UserError(f"unexpected argument '{unknown[0]}'; options look like --name value")
         raise UserError(f"unknown option {unknown[0]}{_nearest(f'--{name}', [f'--{n}' for n in names])}")
+    if not 0 <= (seed := getattr(parsed.config, "seed", 0)) < 2**32:
+        raise UserError(f"--seed {seed}: choose a number from 0 to {2**32 - 1}")
     return parsed.config
 
 
@@ -144,7 +149,7 @@ def run(main: Callable[[Any], Any], config_class: type, argv: Sequence[str] | No
         main(parse(config_class, argv, description))
     except UserError as e:
         if is_main():
-            print(f"error: {e}", file=sys.stderr)
+            print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
         sys.exit(2)
     except OSError as e:  # disk full, permission denied: the user's to mend, too
         where = f" ({e.filename})" if e.filename else ""

@@ -30,7 +30,7 @@ class ParquetTexts(Sequence):
     """The `text` column of parquet files as one sequence; row groups are read when touched, the last few are kept."""
 
     def __init__(self, paths: list[Path]):
-        self.files, starts = [], [0]
+        self.files, self.paths, starts = [], [], [0]  # of each row group: (file, number), path, first document
         for path in paths:
             try:
                 file = pq.ParquetFile(path)
@@ -38,8 +38,11 @@ class ParquetTexts(Sequence):
                 raise UserError(f"{path} is not a readable parquet file: {str(e).splitlines()[0]}") from e
             if "text" not in file.schema_arrow.names:
                 raise UserError(f"{path} has no column 'text' (columns: {', '.join(file.schema_arrow.names)})")
+            if (kind := file.schema_arrow.field("text").type) not in (pa.string(), pa.large_string(), pa.string_view()):
+                raise UserError(f"{path}: the column 'text' must hold text, not {kind}")
             for g in range(file.num_row_groups):
                 self.files.append((file, g))
+                self.paths.append(path)
                 starts.append(starts[-1] + file.metadata.row_group(g).num_rows)
         self.starts = np.array(starts)
         self._kept: dict[int, list[str]] = {}
@@ -55,7 +58,10 @@ class ParquetTexts(Sequence):
             while len(self._kept) >= 64:  # the embedded corpus fits whole; a hub shard's row group is about 4 MB
                 self._kept.pop(next(iter(self._kept)))
             file, group = self.files[g]
-            self._kept[g] = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            try:
+                self._kept[g] = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            except (OSError, pa.ArrowException) as e:
+                raise UserError(f"{self.paths[g]} is damaged: {str(e).splitlines()[0]}") from e
         return self._kept[g][i - int(self.starts[g])] or ""
 
 
@@ -68,7 +74,7 @@ def load_texts(source: str, split: str) -> Sequence[str]:
         raise UserError(f"split must be train or val, not {split}")
     if source == "embedded":
         texts = ParquetTexts(sorted((DATA / "corpus").glob(f"{split}*.parquet")))
-    elif source.startswith("fineweb"):
+    elif source.partition(":")[0] == "fineweb":
         texts = ParquetTexts(_fineweb(source, split))
     else:
         texts = read_folder(source, split)
@@ -82,12 +88,15 @@ def read_folder(folder: str | Path, split: str) -> list[str]:
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist; --data takes 'embedded', 'fineweb:N', or a folder or file of text")
-    paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     documents: list[str] = []
     for path in paths:
-        if path.suffix == ".parquet":
+        suffix = path.suffix.lower()
+        if path != folder and (suffix not in SUFFIXES or not path.is_file()):
+            continue
+        if suffix == ".parquet":
             documents += ParquetTexts([path])
-        elif path.suffix == ".jsonl":
+        elif suffix == ".jsonl":
             for n, row in enumerate(read_jsonl(path, required=("text",)), 1):
                 if not isinstance(row["text"], str):
                     raise UserError(f"{path}, record {n}: 'text' must be a string")

@@ -70,8 +70,8 @@ class GPTConfig:
         width = n_embd or max(256, 64 * depth)
         heads = max(1, width // 64)
         return cls(
-            sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width,
-            block_pattern=pattern,
+            sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads,
+            n_embd=width, block_pattern=pattern,
         )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import text_validation
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Eval, TrainConfig, train
-from tasks.common import MixStream
+from tasks.common import MixStream, check_shares
 from tasks.drills import DrillStream, climb
 
-DRILL_EVERY = 20  # steps between looks at the ladder: 16 short forward passes each
+DRILL_EVERY = 10  # steps between looks at the ladder: 16 short forward passes each
 
 
 @dataclass
@@ -67,7 +67,7 @@ def main(config: Config) -> dict[str, float]:
     evals = [Eval("val", config.val_every, text_validation(config.data, tokenizer, config, config.val_batches))]
     if config.drill_until:
         patience = math.ceil(config.drill_until * config.num_iterations / DRILL_EVERY)
-        after = {"text": 1 - config.drill_share, "drill": config.drill_share}
+        after = check_shares({"text": 1 - config.drill_share, "drill": config.drill_share})
         evals.append(Eval("drill", DRILL_EVERY, lambda m: climb(m, drills, mix, after, patience)))
     return train(
         model, loader, config, source="base", tokenizer=tokenizer, evals=evals, dist_info=d,

@@ -51,7 +51,7 @@ def main(config: Config) -> dict:
     print0(f"{'bytes per token':20s}" + "".join(f"{name:>14s}" for name in encoders))
     for label, text in samples.items():
         size = len(text.encode())
-        rows[label] = {"n": size, **{name: size / len(encode(text)) for name, encode in encoders.items()}}
+        rows[label] = {"n": size, **{name: size / max(1, len(encode(text))) for name, encode in encoders.items()}}
         print0(f"{label:20s}" + "".join(f"{rows[label][name]:14.2f}" for name in encoders))
     result = {"rows": rows, "config": vars(config), "versions": {"tiktoken": tiktoken.__version__}}
     if config.output:

@@ -6,6 +6,7 @@ packs: `ConversationStream` renders a task, `MixStream` draws from several strea
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -97,8 +98,9 @@ class ConversationStream:
     def sample(self, i: int) -> tuple[list[int], list[int]]:
         for k in range(i, i + len(self.task)):
             epoch, k = divmod(k, len(self.task))
+            self.task.epoch = epoch  # always: another stream may have left its own in a task they share
             if epoch != self._epoch:
-                self._epoch = self.task.epoch = epoch
+                self._epoch = epoch
                 if self.shuffle:
                     self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.task))
             try:
@@ -116,7 +118,7 @@ class MixStream:
     """Draws from several streams by weight; weights may change while training runs (they are part of the state)."""
 
     def __init__(self, streams: dict[str, object], weights: dict[str, float], seed: int = 0, world_size: int = 1):
-        self.streams, self.weights, self.seed, self.world_size = streams, dict(weights), seed, world_size
+        self.streams, self.weights, self.seed, self.world_size = streams, check_shares(weights), seed, world_size
         self.counts = dict.fromkeys(streams, 0)
 
     def sample(self, i: int) -> tuple[list[int], list[int] | None]:
@@ -134,6 +136,19 @@ class MixStream:
         self.counts, self.weights = dict(state["counts"]), dict(state["weights"])
         for name, inner in state["streams"].items():
             self.streams[name].load_state_dict(inner)
+
+
+def check_shares(shares: dict[str, float]) -> dict[str, float]:
+    """A copy of `shares`. Raises UserError if one is negative (the others then add up to more than 1) or all are 0."""
+    if min(shares.values()) < -1e-9 or not sum(shares.values()) > 0:
+        given = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
+        raise UserError(f"the shares of what is trained on must lie between 0 and 1 and add up to 1, not {given}")
+    return {name: max(0.0, share) for name, share in shares.items()}
+
+
+def whole_word(text: str) -> re.Pattern:
+    """`text` as a whole word (or number: '12' is not in '12,000' or '3.12')."""
+    return re.compile(rf"(?<![\w.,]){re.escape(text)}(?![\w]|[.,]\d)")
 
 
 def answer_loss(tokenizer: Tokenizer, task: Task, name: str, n: int = 100) -> Callable[[nn.Module], dict[str, float]]:

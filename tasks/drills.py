@@ -4,7 +4,7 @@ A transformer or hybrid learns to copy suddenly or not at all: with a whole voca
 a million tokens, with 64 symbols and short sequences it takes one minute on two cores (docs/LOG.md). So the drill is
 a ladder: a level is (symbols, length), and the level rises when accuracy on fresh drills says the last one is learned.
 
-    stream = DrillStream(tokenizer); train(..., evals=[Eval("drill", 20, lambda m: climb(m, stream))])
+    stream = DrillStream(tokenizer); train(..., evals=[Eval("drill", 10, lambda m: climb(m, stream))])
 
 copy:    <|bos|> w1 … wn <|sep|> w1 … wn <|sep|> …
 recall:  <|bos|> k1 k1' <|mem|> v1 v1' v1'' <|sep|> k2 … <|search_start|> ki ki' <|search_end|> vi vi' vi'' <|sep|> …

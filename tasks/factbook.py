@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nanochat.common import DATA, UserError, read_jsonl
-from tasks.common import JSONLTask, Task
+from tasks.common import JSONLTask, Task, whole_word
 
 FACTBOOK = DATA / "factbook"
 
@@ -27,8 +27,13 @@ def load_queries(path: str | Path) -> list[dict]:
     rows = []
     for n, row in enumerate(read_jsonl(path, required=("id", "query", "answer")), 1):
         row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": "single", "paraphrases": [], **row}
-        if not isinstance(row["query"], str) or not isinstance(row["positive_ids"], list):
-            raise UserError(f"{path}, record {n}: 'query' must be text and 'positive_ids' a list")
+        if not isinstance(row["query"], str) or not isinstance(row["answer"], str):
+            raise UserError(f"{path}, record {n}: 'query' and 'answer' must be text")
+        for key in ("answers", "positive_ids", "paraphrases"):
+            if not isinstance(row[key], list) or not all(isinstance(x, str) for x in row[key]):
+                raise UserError(f"{path}, record {n}: '{key}' must be a list of texts")
+        if isinstance(row["hops"], bool) or not isinstance(row["hops"], int):
+            raise UserError(f"{path}, record {n}: 'hops' must be a whole number")
         rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no question")
@@ -73,12 +78,13 @@ def cloze_items(split: str = "train", n: int = 500, seed: int = 0) -> list[dict]
     items = []
     for row in rows:
         text = documents[row["positive_ids"][0]]["content"]
-        at = text.find(f" {row['answer']}")
-        others = sorted(by_relation[row["relation"]] - {row["answer"]})
-        if at < 0 or len(others) < 3:
+        found = whole_word(row["answer"]).search(text)
+        others = sorted(by_relation[row["relation"]] - {row["answer"], *row["answers"]})
+        if not found or text[: found.start()][-1:] != " " or len(others) < 3:
             continue
-        begin = max(text.rfind(". ", 0, at) + 2, 0) if ". " in text[:at] else 0
-        if at - begin < 15:  # the answer opens its sentence: nothing to go by
+        stop = text.rfind(". ", 0, found.start())
+        begin, at = stop + 2 if stop >= 0 else 0, found.start() - 1  # the space before the answer isn't context
+        if at - begin < 15 or row["answer"] in text[begin:at]:  # the answer opens its sentence, or was given away
             continue
         choices = [row["answer"], *rng.sample(others, 3)]
         rng.shuffle(choices)

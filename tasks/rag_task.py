@@ -13,7 +13,6 @@ Two things make a small model learn to read rather than to remember (docs/LOG.md
 """
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.rag_utils import ABSTENTION, answer_f1, exact_match, is_abstention, strip_citations
 from nanochat.tokenizer import Tokenizer
-from tasks.common import Task
+from tasks.common import Task, whole_word
 
 
 @dataclass
@@ -43,6 +42,9 @@ class RAGTask(Task):
 
     `retrieved` (question id -> document ids, best first) gives the distractors a retriever would: half of the
     distractors then come from it, the others share the gold document's relation or entity or are random.
+
+    Where documents carry a "split", none is shown from another split than the gold documents of `rows` have:
+    training never sees a passage about an entity that a validation or test question asks for.
     """
 
     def __init__(
@@ -57,7 +59,10 @@ class RAGTask(Task):
         self.rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
         if not self.rows:
             raise UserError("no question has its gold documents in this knowledge base; are they from the same data?")
-        self.ids = list(documents)
+        splits = {documents[p].get("split") for r in self.rows for p in r["positive_ids"]} - {None}
+        self.ids = [i for i, doc in documents.items() if not splits or doc.get("split") in splits]
+        self.allowed = set(self.ids)
+        self.countries = {doc["country"] for doc in documents.values() if doc.get("country")}
         self.by_doc: dict[str, list[dict]] = {}  # single-hop questions that a document answers
         self.by_relation: dict[str, list[dict]] = {}
         self.by_country: dict[str, list[str]] = {}
@@ -66,8 +71,8 @@ class RAGTask(Task):
                 self.by_relation.setdefault(row.get("relation", ""), []).append(row)
                 for p in row["positive_ids"]:
                     self.by_doc.setdefault(p, []).append(row)
-        for i, doc in documents.items():
-            self.by_country.setdefault(doc.get("country", ""), []).append(i)
+        for i in self.ids:
+            self.by_country.setdefault(documents[i].get("country", ""), []).append(i)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,7 +111,7 @@ class RAGTask(Task):
     def _distractors(self, row: dict, n: int, rng: random.Random) -> list[str]:
         """`n` documents that don't answer `row`: retrieved, same relation, same country or random."""
         found: list[str] = []
-        hits = [h for h in self.retrieved.get(row["id"], []) if h not in row["positive_ids"]]
+        hits = [h for h in self.retrieved.get(row["id"], []) if h in self.allowed and h not in row["positive_ids"]]
         for _ in range(20 * n):
             if len(found) == n:
                 break
@@ -141,25 +146,25 @@ class RAGTask(Task):
                     continue
                 new, old = rng.choice(others)["answer"], turn[1]
                 clash = any(t is not turn and (t[1] in old or old in t[1] or t[1] == new) for t in turns)
-                if clash or any(_word(old).search(t[0]) for t in turns):
+                if clash or any(whole_word(old).search(t[0]) for t in turns):
                     continue
                 for doc in shown:
-                    doc["content"] = _word(old).sub(lambda _, new=new: new, doc["content"])
+                    doc["content"] = whole_word(old).sub(lambda _, new=new: new, doc["content"])
                 turn[1] = new
-        countries = {d.get("country", "") for d in shown} | {q.get("country", "") for q in questions}
+        countries = {d.get("country", "") for d in shown}
+        countries |= {q.get(key, "") for q in questions for key in ("country", "bridge")}
+        taken = set(self.countries)
         for name in sorted(countries - {""}, key=len, reverse=True):
-            new, pattern = invent_name(rng), _word(name)
+            while (new := invent_name(rng)) in taken:  # "Oman" has been invented
+                pass
+            taken.add(new)
+            pattern = whole_word(name)
             for doc in shown:
                 doc["title"], doc["content"] = (pattern.sub(new, doc[k]) for k in ("title", "content"))
             for turn in turns:
                 turn[0] = pattern.sub(new, turn[0])
                 turn[1] = pattern.sub(new, turn[1])
         return turns
-
-
-def _word(text: str) -> re.Pattern:
-    """`text` as a whole word (or number: '12' is not in '12,000' or '3.12')."""
-    return re.compile(rf"(?<![\w.,]){re.escape(text)}(?![\w]|[.,]\d)")
 
 
 SYLLABLES = (

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.blocks import gemv
 from nanochat.blocks.transformer import Attention, KVState, Positions, rope_table
-from nanochat.common import UserError
-from nanochat.gpt import GPT, Cache, GPTConfig, _HeadLoss, config_dict
+from nanochat.common import Linear, UserError
+from nanochat.gpt import GPT, Cache, GPTConfig, _HeadLoss, config_dict, head_loss
 
 V, C = 97, 32
 
@@ -63,6 +64,27 @@ def test_attention_is_a_softmax_over_the_past(n_kv_head):
                 weights = torch.stack([query @ turn(k[b, s, kv], s) / math.sqrt(D) for s in range(t + 1)]).softmax(0)
                 y[b, t, h] = weights @ v[b, : t + 1, kv]
     torch.testing.assert_close(got, y.reshape(B, T, -1) @ attention.out.weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_products_of_the_decoder_are_those_of_the_linear_layer(dtype):
+    if gemv.library() is None:
+        pytest.skip("no C++ compiler: PyTorch does it")
+    torch.manual_seed(0)
+    for n, k in ((1, 1), (5, 7), (64, 128), (1000, 333)):
+        slow, fast = (torch.nn.Sequential(Linear(k, n)).to(dtype) for _ in range(2))
+        fast.load_state_dict(slow.state_dict())
+        gemv.speed_up(fast)
+        assert type(fast[0]) is gemv.DecodeLinear
+        x = torch.randn(1, 1, 2 * k).to(dtype)[..., ::2]
+        with torch.no_grad():
+            want = x.double() @ slow[0].weight.double().t()
+            # one rounding of the result: 2^-24 of fp32 (and its sum's), 2^-9 of bf16
+            tol = 1e-5 if dtype == torch.float32 else 2**-8
+            torch.testing.assert_close(fast(x).double(), want, rtol=tol, atol=tol)
+            torch.testing.assert_close(fast(x.expand(3, 1, k)), slow(x.expand(3, 1, k)))  # more rows: PyTorch's
+        fast(x).sum().backward()  # with gradients on: PyTorch's, too
+        assert fast[0].weight.grad is not None
 
 
 @settings(max_examples=25, deadline=None)
@@ -148,8 +170,6 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_cross_entropy(positions
     hidden = torch.randn(positions, C, requires_grad=True)
     weight = torch.randn(V, C, requires_grad=True)
     targets = torch.randint(0, V, (positions,))
-    from nanochat.gpt import head_loss
-
     loss = head_loss(hidden, weight, targets)
     got = torch.autograd.grad(loss * 0.5, (hidden, weight))
     reference = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")

@@ -43,7 +43,7 @@ static inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
 typedef long I;
 static int threads = 1;
 extern "C" void set_threads(int n) { threads = n; }  // torch's own setting; OpenMP's is per calling thread
-enum { W = 4, BLK = 64 };  // taps of the convolution; channels handled at a time
+enum { W = 4, BLK = 64 };  // taps of the convolution; channels its backward keeps in registers
 
 // xbc = silu(bias + sum_k w[k] x_{t-3+k});  w (4, C);  past (b, 3, C) or null
 template <class T>
@@ -86,11 +86,13 @@ static void conv_bwd(const T* dxbc, const T* zx, I ld, const float* w, const flo
                 bk[j] = bias[c0 + j];
                 for (I q = 0; q < W; q++) wk[q][j] = w[q * C + c0 + j];
             }
+            bool full = n == BLK;
             for (I t = 0; t < Tn + W - 1; t++) {
                 const T* x = zx + (i * Tn + std::min(t, Tn - 1)) * ld + c0;
                 const T* g = dxbc + (i * Tp + std::min(t, Tn - 1)) * C + c0;
                 float live = t < Tn ? 1.f : 0.f, xn[BLK] = {}, gn[BLK] = {};
-                for (I j = 0; j < n; j++) { xn[j] = ld_(x[j]); gn[j] = live * ld_(g[j]); }
+                if (full) for (I j = 0; j < BLK; j++) { xn[j] = ld_(x[j]); gn[j] = live * ld_(g[j]); }
+                else for (I j = 0; j < n; j++) { xn[j] = ld_(x[j]); gn[j] = live * ld_(g[j]); }
                 float o[BLK];
 #pragma omp simd
                 for (I j = 0; j < BLK; j++) {
@@ -106,7 +108,8 @@ static void conv_bwd(const T* dxbc, const T* zx, I ld, const float* w, const flo
                 }
                 if (t >= W - 1) {
                     T* dz = dzx + (i * Tn + t - (W - 1)) * ld + c0;
-                    for (I j = 0; j < n; j++) st_(dz[j], o[j]);
+                    if (full) for (I j = 0; j < BLK; j++) st_(dz[j], o[j]);
+                    else for (I j = 0; j < n; j++) st_(dz[j], o[j]);
                 }
             }
             for (I j = 0; j < n; j++) {
@@ -120,30 +123,32 @@ static void conv_bwd(const T* dxbc, const T* zx, I ld, const float* w, const flo
 template <class T>
 static void chunk_fwd(const T* x, I C, const T* CB, const float* cs, const float* w, const float* to_end, T* M, T* xp,
                       T* xd, I bc, I H, I Q, I P) {
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
-    for (I k = 0; k < bc; k++)
-        for (I h = 0; h < H; h++) {
-            const float *u = cs + (k * H + h) * Q, *v = w + (k * H + h) * Q, *e = to_end + (k * H + h) * Q;
-            T *m = M ? M + (k * H + h) * Q * Q : nullptr, *xo = xp + (k * H + h) * Q * P;
-            for (I i = 0; i < Q; i++) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (I k = 0; k < bc; k++) {
+        for (I i = 0; i < Q; i++)
+            for (I h = 0; h < H; h++) {
                 const T* xi = x + (k * Q + i) * C + h * P;
-                T *xdi = xd + ((k * Q + i) * H + h) * P, *xpi = xo + i * P;
-                float ei = e[i], ui = u[i];
+                T *d = xd + ((k * Q + i) * H + h) * P, *o = xp + ((k * H + h) * Q + i) * P;
+                float e = to_end[(k * H + h) * Q + i];
 #pragma omp simd
-                for (I p = 0; p < P; p++) { xpi[p] = xi[p]; st_(xdi[p], ei * ld_(xi[p])); }
-                if (!m) continue;
+                for (I p = 0; p < P; p++) { o[p] = xi[p]; st_(d[p], e * ld_(xi[p])); }
+            }
+        for (I h = 0; M && h < H; h++) {
+            const float *u = cs + (k * H + h) * Q, *v = w + (k * H + h) * Q;
+            for (I i = 0; i < Q; i++) {
                 const T* cb = CB + (k * Q + i) * Q;
-                T* mi = m + i * Q;
+                T* m = M + ((k * H + h) * Q + i) * Q;
+                float ui = u[i];
                 I end = std::min(Q, (i | 15) + 1);
 #pragma omp simd
                 for (I j = 0; j < end; j++) {
-                    float a = j <= i ? ui + v[j] : -87.f;
-                    float r = exp_(a) * ld_(cb[j]);
-                    st_(mi[j], j <= i ? r : 0.f);
+                    float r = exp_(j <= i ? ui + v[j] : -87.f) * ld_(cb[j]);
+                    st_(m[j], j <= i ? r : 0.f);
                 }
-                if (end < Q) std::memset((void*)(mi + end), 0, (Q - end) * sizeof(T));
+                if (end < Q) std::memset((void*)(m + end), 0, (Q - end) * sizeof(T));
             }
         }
+    }
 }
 
 // E = dM * M;  rows_i = sum_j E, cols_j = sum_i E;  dCB = sum_h dM * exp(cs_i + w_j)
@@ -177,52 +182,44 @@ static void mask_bwd(const T* dM, const T* CB, const float* cs, const float* w, 
     }
 }
 
-// S_in[c] = S; S = decay[c] S + added[c].  S (b, H, N, P) float in and out; added, S_in (b, c, N, E)
+// S_in[c] = S; S = decay[c] S + added[c].  S (b, N, E) float in and out; added, S_in (b, c, N, E); decay (b, c, H)
 template <class T>
 static void carry_fwd(const T* added, const float* decay, float* S, T* S_in, I b, I c, I H, I N, I P) {
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
     for (I i = 0; i < b; i++)
-        for (I h = 0; h < H; h++) {
-            float* s = S + (i * H + h) * N * P;
-            for (I k = 0; k < c; k++) {
-                float d = decay[(i * c + k) * H + h];
-                for (I n = 0; n < N; n++) {
+        for (I n = 0; n < N; n++)
+            for (I k = 0; k < c; k++)
+                for (I h = 0; h < H; h++) {
                     I off = (((i * c + k) * N + n) * H + h) * P;
-                    const T* ad = added + off;
+                    const T* a = added + off;
                     T* o = S_in + off;
-                    float* sn = s + n * P;
+                    float *s = S + ((i * N + n) * H + h) * P, d = decay[(i * c + k) * H + h];
 #pragma omp simd
-                    for (I p = 0; p < P; p++) { st_(o[p], sn[p]); sn[p] = d * sn[p] + ld_(ad[p]); }
+                    for (I p = 0; p < P; p++) { st_(o[p], s[p]); s[p] = d * s[p] + ld_(a[p]); }
                 }
-            }
-        }
 }
 
-// backward of carry_fwd: dadded, ddecay (b, c, H);  dS (b, H, N, P) float is the final state's gradient, then S's
+// backward of carry_fwd: dadded, ddecay (b, c, N, H);  dS (b, N, E) float is the final state's gradient, then S's
 template <class T>
 static void carry_bwd(const T* dS_in, const T* S_in, const float* decay, float* dS, T* dadded, float* ddecay, I b, I c,
                       I H, I N, I P) {
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
     for (I i = 0; i < b; i++)
-        for (I h = 0; h < H; h++) {
-            float* g = dS + (i * H + h) * N * P;
-            for (I k = c - 1; k >= 0; k--) {
-                float d = decay[(i * c + k) * H + h], sum = 0.f;
-                for (I n = 0; n < N; n++) {
+        for (I n = 0; n < N; n++)
+            for (I k = c - 1; k >= 0; k--)
+                for (I h = 0; h < H; h++) {
                     I off = (((i * c + k) * N + n) * H + h) * P;
                     const T *di = dS_in + off, *si = S_in + off;
                     T* o = dadded + off;
-                    float* gn = g + n * P;
+                    float *g = dS + ((i * N + n) * H + h) * P, d = decay[(i * c + k) * H + h], sum = 0.f;
 #pragma omp simd reduction(+ : sum)
                     for (I p = 0; p < P; p++) {
-                        st_(o[p], gn[p]);
-                        sum += gn[p] * ld_(si[p]);
-                        gn[p] = d * gn[p] + ld_(di[p]);
+                        st_(o[p], g[p]);
+                        sum += g[p] * ld_(si[p]);
+                        g[p] = d * g[p] + ld_(di[p]);
                     }
+                    ddecay[((i * c + k) * N + n) * H + h] = sum;
                 }
-                ddecay[(i * c + k) * H + h] = sum;
-            }
-        }
 }
 
 // y = yd + from_start * y_in + D x;  out = rms_norm(y silu(z)) * nw.  yd (bc, H, Q, P), y_in (bc, Q, E), y may be null
@@ -327,8 +324,8 @@ static void x_bwd(const T* dxp, const T* dxd, const float* to_end, const T* dyp,
                   T* dxbc, float* dto, I bc, I H, I Q, I P) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (I k = 0; k < bc; k++)
-        for (I h = 0; h < H; h++)
-            for (I i = 0; i < Q; i++) {
+        for (I i = 0; i < Q; i++)
+            for (I h = 0; h < H; h++) {
                 const T *a = dxp + ((k * H + h) * Q + i) * P, *g = dyp + ((k * H + h) * Q + i) * P;
                 const T *e = dxd + ((k * Q + i) * H + h) * P, *xx = x + (k * Q + i) * C + h * P;
                 T* o = dxbc + (k * Q + i) * C + h * P;
@@ -341,6 +338,36 @@ static void x_bwd(const T* dxp, const T* dxd, const float* to_end, const T* dyp,
                 }
                 dto[(k * H + h) * Q + i] = s;
             }
+}
+
+// out = x * rstd, rstd = 1 / sqrt(mean x^2 + eps), by rows of E;  backward: dx = rstd (g - xhat mean(g xhat))
+template <class T>
+static void rms_fwd(const T* x, float eps, T* out, float* rstd, I rows, I E) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (I k = 0; k < rows; k++) {
+        const T* a = x + k * E;
+        T* o = out + k * E;
+        float s = 0.f;
+#pragma omp simd reduction(+ : s)
+        for (I p = 0; p < E; p++) { float v = ld_(a[p]); s += v * v; }
+        float r = rstd[k] = 1.f / std::sqrt(s / E + eps);
+#pragma omp simd
+        for (I p = 0; p < E; p++) st_(o[p], ld_(a[p]) * r);
+    }
+}
+template <class T>
+static void rms_bwd(const T* g, const T* x, const float* rstd, T* dx, I rows, I E) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (I k = 0; k < rows; k++) {
+        const T *a = x + k * E, *d = g + k * E;
+        T* o = dx + k * E;
+        float r = rstd[k], s = 0.f;
+#pragma omp simd reduction(+ : s)
+        for (I p = 0; p < E; p++) s += ld_(a[p]) * ld_(d[p]);
+        float m = s * r * r / E;
+#pragma omp simd
+        for (I p = 0; p < E; p++) st_(o[p], r * (ld_(d[p]) - m * ld_(a[p])));
+    }
 }
 
 #define EXPORT(T, S)                                                                                                   \
@@ -365,6 +392,8 @@ static void x_bwd(const T* dxp, const T* dxd, const float* to_end, const T* dyp,
                      I u, I v) { out_bwd(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v); }          \
     void x_bwd_##S(const T* a, const T* b, const float* c, const T* d, const float* e, const T* f, I g, T* h,          \
                    float* i, I j, I k, I l, I m) { x_bwd(a, b, c, d, e, f, g, h, i, j, k, l, m); }                     \
+    void rms_fwd_##S(const T* a, double b, T* c, float* d, I e, I f) { rms_fwd(a, (float)b, c, d, e, f); }             \
+    void rms_bwd_##S(const T* a, const T* b, const float* c, T* d, I e, I f) { rms_bwd(a, b, c, d, e, f); }            \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

@@ -126,7 +126,7 @@ class _Mixer(torch.autograd.Function):
         S_in, y_in = zx.new_empty(b, c, N, E), zx.new_empty(b, c, Q, E)
         y, out, rstd = zx.new_empty(b, T, E), zx.new_empty(b, T, E), torch.empty(b, T)
         S = torch.zeros(b, H, P, N) if S is None else S.float()
-        S = S.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # (b, H, N, P), overwritten below
+        S = S.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)  # (b, N, H, P), overwritten below
         x_all, B_all, C_all = xbc.view(b, c, Q, C).split([E, N, N], -1)
         for i, k in _blocks(b, c, Q * E):
             n, t = k.stop - k.start, k.start * Q
@@ -142,7 +142,7 @@ class _Mixer(torch.autograd.Function):
             torch.bmm(Cm, S_in[i, k], out=y_in[i, k])
             _run("out_fwd", kind, yd, y_in[i, k], from_start[i, k], x, C, skip, zx[i, t:], ld, nw, eps, y[i, t:],
                  rstd[i, t:], out[i, t:], 1, n, T - t, H, Q, P)
-        S = S.transpose(2, 3).contiguous()
+        S = S.permute(0, 2, 3, 1).contiguous()
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
         ctx.had_past = past is not None
@@ -162,7 +162,7 @@ class _Mixer(torch.autograd.Function):
         w, from_start, to_end, decay = _decays(dt, cs)
         # Sums over P or Q, per token: fp32 (b, c, H, Q), filled by the kernels.
         d_from, dD, rows, cols, d_to = torch.empty(5, b, c, H, Q).unbind(0)
-        d_decay, dnw, dS = torch.empty(b, c, H), torch.empty(b, c, E), torch.zeros(b, H, N, P)
+        d_decay, dnw, dS = torch.empty(b, c, N, H), torch.empty(b, c, E), torch.zeros(b, N, E)
         dzx, dxbc = torch.empty_like(zx), torch.empty_like(xbc)
         x_all, B_all, C_all = xbc.view(b, c, Q, C).split([E, N, N], -1)
         dx_all, dB_all, dC_all = dxbc.view(b, c, Q, C).split([E, N, N], -1)
@@ -190,7 +190,7 @@ class _Mixer(torch.autograd.Function):
         # Per-token scalars: into dt and A.
         d_to *= to_end
         dcs = rows - cols + d_from * from_start - d_to
-        dcs[..., -1] += d_to.sum(-1) + d_decay * decay
+        dcs[..., -1] += d_to.sum(-1) + d_decay.sum(2) * decay
         da = dcs.flip(-1).cumsum(-1).flip(-1)
         ddt = da * A.view(H, 1) + torch.where(dt > TINY, (cols + d_to) / dt, 0.0)
         dA_log = (da * dt).sum((0, 1, 3)) * A
@@ -202,6 +202,31 @@ class _Mixer(torch.autograd.Function):
         grads = (dw.sum(0).t().reshape(C, 1, 4), dbias.sum(0), draw.sum((0, 1)), dA_log, dD.sum((0, 1, 3)),
                  dnw.sum((0, 1)))
         return (dzx, *(g.to(d) for g, d in zip(grads, ctx.dtypes)), None, None, None)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension: F.rms_norm without a weight (its eps is fp32's in any dtype), which is
+    composed of eager passes on CPUs. Falls back to that wherever the kernels can't serve."""
+    if x.device.type != "cpu" or x.dtype not in SUFFIX or torch.compiler.is_compiling() or library() is None:
+        return F.rms_norm(x, (x.size(-1),))
+    return _RMSNorm.apply(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        out, rstd, E = torch.empty_like(x), torch.empty(x.shape[:-1]), x.size(-1)
+        _run("rms_fwd", x.dtype, x, torch.finfo(torch.float32).eps, out, rstd, rstd.numel(), E)
+        ctx.save_for_backward(x, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        x, rstd = ctx.saved_tensors
+        g, dx = g.contiguous(), torch.empty_like(x)
+        _run("rms_bwd", x.dtype, g, x, rstd, dx, rstd.numel(), x.size(-1))
+        return dx
 
 
 def _decays(dt: Tensor, cs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -224,7 +224,7 @@ class MambaBlock(nn.Module):
         self.mixer = Mamba2(d_model, **mixer)
 
     def forward(self, x: Tensor, state: MambaState | None = None) -> Tensor:
-        return x + self.mixer(F.rms_norm(x, (x.size(-1),)), state)
+        return x + self.mixer(fused.rms_norm(x), state)
 
 
 @cache

@@ -1,0 +1,287 @@
+"""The command line: what wins over what, which spellings work, and that every mistake is one line and exit code 2."""
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.common import UserError
+from nanochat.config import load_config_file, parse, run
+
+SCRIPTS = sorted(p.stem for p in (Path(__file__).parent.parent / "scripts").glob("[!_]*.py"))
+
+
+@dataclass
+class Config:
+    depth: int = 6  # number of layers: 100 % of them
+    top_k: int = 5  # passages
+    rate: float = 0.02  # learning rate
+    name: str = "six"  # what to call it
+    tag: str | None = None  # optional
+    step: int | None = None  # optional number
+    resume: bool = False  # go on
+    seed: int = 0  # of the dice
+
+
+def write(path: Path, text: str) -> list[str]:
+    """The arguments that load `text` as a config file."""
+    (path / "c.py").write_text(text)
+    return ["--config", str(path / "c.py")]
+
+
+def refused(argv: list[str]) -> str:
+    """The message that `argv` is refused with."""
+    with pytest.raises(UserError) as error:
+        parse(Config, argv)
+    return str(error.value)
+
+
+def main(config: Config) -> None:
+    print(config.depth)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What wins, and what may be written
+
+
+def test_flags_win_over_the_config_file_and_that_over_the_defaults(tmp_path):
+    file = write(tmp_path, "'''A preset.'''\ndepth = 4 * 3  # a dozen\nrate = 1e-3\nname = 'b'\n")
+    assert parse(Config, []) == Config()
+    assert parse(Config, file) == Config(depth=12, rate=1e-3, name="b")
+    for argv in (["--depth", "3", *file], [*file, "--depth", "3"], [f"--config={file[1]}", "--depth=3"]):
+        assert parse(Config, argv) == Config(depth=3, rate=1e-3, name="b")
+
+
+def test_of_two_config_files_the_later_wins(tmp_path):
+    (tmp_path / "other").mkdir()
+    first, second = write(tmp_path, "depth = 1\ntop_k = 1"), write(tmp_path / "other", "depth = 2")
+    assert parse(Config, first + second) == Config(depth=2, top_k=1)
+
+
+def test_underscores_and_dashes_mean_the_same():
+    assert parse(Config, ["--top_k", "9"]) == parse(Config, ["--top-k", "9"]) == Config(top_k=9)
+    assert parse(Config, ["--top-k=9"]) == Config(top_k=9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--resume", "true"], True),
+        (["--resume", "True"], True),
+        (["--resume=true"], True),
+        (["--resume"], True),
+        (["--resume", "false"], False),
+        (["--resume", "true", "--resume", "false"], False),
+    ],
+)
+def test_booleans_take_true_and_false(argv, value):
+    assert parse(Config, argv).resume is value
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.text(st.characters(codec="utf-8")))
+def test_any_value_comes_through_as_it_was_given(depth, rate, name):
+    argv = [f"--depth={depth}", f"--rate={rate!r}", f"--name={name}"]
+    assert parse(Config, argv) == Config(depth=depth, rate=rate, name=name)
+
+
+def test_help_shows_meanings_and_defaults(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Config, ["--help"], "What this does to 95 % of all inputs.")
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "95 %" in out and "number of layers: 100 % of them" in out and "(default: six)" in out and "--top_k" in out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_each_of_its_options(script, capsys):
+    module = import_module(f"scripts.{script}")
+    if not hasattr(module, "Config"):
+        pytest.fail(f"scripts/{script}.py has no Config")
+    with pytest.raises(SystemExit) as end:
+        run(module.main, module.Config, ["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and f"python -m scripts.{script}" in out
+    for name in module.Config.__dataclass_fields__:
+        line = next(part for part in out.split("\n  -")[1:] if part.startswith(f"-{name} ") or f" --{name} " in part)
+        words = line.replace("\n", " ").partition("(default:")[0].split()
+        assert len(words) >= 3, f"--{name} of {script} has no meaning in its help: {line}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes on the command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dept", "3"], "unknown option --dept; did you mean --depth?"),
+        (["--topk", "3"], "did you mean --top_k?"),
+        (["--zzz"], "unknown option --zzz"),
+        (["3"], "unexpected argument '3'"),
+        (["--depth", "three"], "--depth: invalid int value: 'three'"),
+        (["--depth", "1.5"], "invalid int"),
+        (["--depth", ""], "invalid int"),
+        (["--depth"], "--depth: expected one argument"),
+        (["--rate", "fast"], "--rate: invalid float value"),
+        (["--step", "x"], "--step: invalid int"),
+        (["--resume", "maybe"], "Boolean value expected"),
+        (["--config"], "--config needs a file"),
+        (["--config", "no/such.py"], "cannot read the config no/such.py"),
+        (["--config", "."], "directory"),
+        (["--seed", "-1"], "--seed -1: choose"),
+        (["--seed", str(2**32)], "choose a number"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line_with_exit_code_2(argv, message, capsys):
+    assert message in refused(argv)
+    with pytest.raises(SystemExit) as end:
+        run(main, Config, argv)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_abbreviation_is_not_guessed():
+    assert "--resume" in refused(["--res", "true"])  # it would silently change its meaning with the next option
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=12), max_size=4))
+def test_no_command_line_ends_in_anything_but_a_config_or_one_sentence(argv):
+    argv = [a for a in argv if a not in ("-h", "--help")]
+    try:
+        assert isinstance(parse(Config, argv), Config)
+    except UserError as e:
+        assert str(e)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes in a config file
+
+
+def test_a_config_file_cannot_run_code(tmp_path):
+    trap = tmp_path / "sprung"
+    for text in (
+        f"depth = open({str(trap)!r}, 'w').close() or 3",
+        f"import pathlib\npathlib.Path({str(trap)!r}).touch()",
+        f"depth = __import__('os').mkdir({str(trap)!r})",
+        f"name = f'{{open({str(trap)!r}, chr(119))}}'",
+        f"depth = [open({str(trap)!r}, 'w') for _ in 'x']",
+        f"def depth(): open({str(trap)!r}, 'w')",
+        f"@open({str(trap)!r}, 'w').write\nclass depth: pass",
+    ):
+        assert "line 1" in refused(write(tmp_path, text)), text
+        assert not trap.exists(), text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depht = 3", "unknown setting 'depht'; did you mean depth?"),
+        ("\n\ndepth = three", "line 3: the value must be a literal"),
+        ("depth = 'six'", "of type str, but depth takes int"),
+        ("depth = 6.0", "of type float, but depth takes int"),
+        ("depth = True", "of type bool, but depth takes int"),
+        ("resume = 1", "of type int, but resume takes bool"),
+        ("name = 3", "of type int, but name takes str"),
+        ("name = None", "but name takes str"),
+        ("tag = 3", "of type int, but tag takes str"),
+        ("step = 'last'", "of type str, but step takes int"),
+        ("depth = [6]", "of type list"),
+        ("depth = {[]: 1}", "line 1"),
+        ("depth = 6 // 0", "line 1"),
+        ("depth: int = 6", "line 1: only plain assignments"),
+        ("depth = top_k = 6", "only plain assignments"),
+        ("depth, top_k = 6, 7", "only plain assignments"),
+        ("if True:\n    depth = 6", "line 1"),
+        ("depth = ", "not valid Python"),
+        ("depth = 3\0", "not valid Python"),
+        ("depth = " + "(" * 500 + "6" + ")" * 500, "not valid Python"),
+        ("depth = " + "-" * 100_000 + "6", "not valid Python"),
+        ("depth = 1" + " + 1" * 5000, ""),
+        ("rate = 1" + "0" * 400 + " / 3", "line 1"),
+        ("rate = 1" + "0" * 400, "takes float"),
+    ],
+    ids=lambda x: x[:24],
+)
+def test_a_bad_config_file_is_refused_with_the_reason(tmp_path, text, message):
+    found = refused(write(tmp_path, text))
+    assert "c.py" in found and message in found and len(found) < 300
+
+
+def test_a_config_file_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "c.py").write_bytes(b"name = '\xff'")
+    assert "not valid Python" in refused(["--config", str(tmp_path / "c.py")])
+
+
+def test_whole_numbers_do_for_floats_and_optional_fields_take_none(tmp_path):
+    config = parse(Config, write(tmp_path, "rate = 1\ntag = None\nstep = 4"))
+    assert config == Config(rate=1.0, step=4) and isinstance(config.rate, float)
+
+
+numbers = st.one_of(st.integers(-(10**6), 10**6), st.floats(-1e6, 1e6))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.recursive(numbers.map(repr), lambda s: st.tuples(s, st.sampled_from("+-*/"), s).map("({0[0]}{0[1]}{0[2]})".format)))
+def test_arithmetic_gives_what_python_gives(tmp_path_factory, text):
+    folder = tmp_path_factory.getbasetemp()
+    file = folder / "arithmetic.py"
+    file.write_text(f"x = {text}")
+    try:
+        wanted = eval(text)  # numbers and operators only, see above
+    except ZeroDivisionError:
+        with pytest.raises(UserError, match="line 1"):
+            load_config_file(file)
+        return
+    found = load_config_file(file)["x"]
+    assert (found == wanted or found != found) and type(found) is type(wanted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The edge: what `run` makes of an exception
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (OSError(28, os.strerror(28), "/some/file"), 2, f"error: {os.strerror(28)} (/some/file)\n"),
+        (PermissionError(13, "Permission denied"), 2, "error: Permission denied\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=["user error", "disk full", "permission", "ctrl-c"],
+)
+def test_what_a_user_can_cause_ends_in_one_line(error, code, line, capsys):
+    def main(config):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main, Config, [])
+    assert end.value.code == code and capsys.readouterr().err == line
+
+
+def test_our_own_bugs_keep_their_traceback():
+    def main(config):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main, Config, [])
+
+
+def test_other_ranks_leave_the_message_to_rank_0(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        run(main, Config, ["--nonsense"])
+    assert end.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_without_arguments_it_reads_those_of_the_process(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--depth", "8"])
+    run(main, Config)
+    assert capsys.readouterr().out == "8\n"
