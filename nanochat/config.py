@@ -12,10 +12,12 @@ booleans take true/false. Parsing is simple-parsing's (argparse underneath); we 
         run(main, Config)
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -138,6 +140,11 @@ def _formatter() -> type:
     class Formatter(simple_parsing.help_formatter.SimpleHelpFormatter):
         def __init__(self, prog: str):
             super().__init__(prog, max_help_position=34, width=min(120, int(os.environ.get("COLUMNS", 120))))
+
+        def _expand_help(self, action: argparse.Action) -> str:
+            # "95 % of" in a comment is no format
+            action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
+            return super()._expand_help(action)
 
     return Formatter
 

@@ -38,6 +38,7 @@ def main(config: Config) -> dict[str, float]:
     model, tokenizer, meta = load_model(
         config.source, d.device, "train", config.source_tag or None, config.source_step or None
     )
+    model.config.sequence_len = max(model.config.sequence_len, config.sequence_len)
     limit, seed = config.sequence_len + 1, config.seed
     chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
     reading = RAGTask(load_queries("train"), load_documents(), RAGMix(max_docs=2), seed=seed)

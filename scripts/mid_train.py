@@ -44,6 +44,7 @@ def main(config: Config) -> dict[str, float]:
     model, tokenizer, meta = load_model(
         config.source, d.device, "train", config.source_tag or None, config.source_step or None
     )
+    model.config.sequence_len = max(model.config.sequence_len, config.sequence_len)
 
     # 2. Data
     T, seed = config.sequence_len, config.seed

@@ -152,13 +152,19 @@ def whole_word(text: str) -> re.Pattern:
 
 
 def answer_loss(tokenizer: Tokenizer, task: Task, name: str, n: int = 100) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation for the training loop: mean cross-entropy (nats) of the assistant's tokens in `n` conversations."""
+    """An evaluation for the training loop: mean cross-entropy (nats) of the assistant's tokens in `n` conversations.
+
+    Those that are longer than the model's context are left out.
+    """
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         total = count = 0
         device = next(model.parameters()).device
         for i in range(min(n, len(task))):
-            ids, mask = tokenizer.render_conversation(task[i], model.config.sequence_len)
+            try:
+                ids, mask = tokenizer.render_conversation(task[i], model.config.sequence_len)
+            except UserError:
+                continue
             ids, targets = torch.tensor([ids], device=device), torch.tensor([ids], device=device)
             targets[torch.tensor([mask], device=device) == 0] = -1
             with torch.no_grad():

@@ -112,16 +112,17 @@ class RAGTask(Task):
         """`n` documents that don't answer `row`: retrieved, same relation, same country or random."""
         found: list[str] = []
         hits = [h for h in self.retrieved.get(row["id"], []) if h in self.allowed and h not in row["positive_ids"]]
+        alike, nearby = self.by_relation.get(row.get("relation", "")), self.by_country.get(row.get("country", ""))
         for _ in range(20 * n):
             if len(found) == n:
                 break
             draw = rng.random()
             if hits and draw < 0.5:
                 doc = hits[min(int(rng.expovariate(0.4)), len(hits) - 1)]
-            elif draw < 0.7 and self.by_relation.get(row.get("relation", "")):
-                doc = rng.choice(rng.choice(self.by_relation[row["relation"]])["positive_ids"])
-            elif draw < 0.9 and self.by_country.get(row.get("country", "")):
-                doc = rng.choice(self.by_country[row["country"]])
+            elif draw < 0.7 and alike:
+                doc = rng.choice(rng.choice(alike)["positive_ids"])
+            elif draw < 0.9 and nearby:
+                doc = rng.choice(nearby)
             else:
                 doc = rng.choice(self.ids)
             if doc not in row["positive_ids"] and doc not in found:
@@ -142,7 +143,7 @@ class RAGTask(Task):
         if len(shown) <= 2:  # with few documents an answer's other occurrences are easy to keep consistent
             for q, turn in zip(questions, turns):
                 others = self.by_relation.get(q.get("relation", ""), [])
-                if turn[1] == ABSTENTION or q["hops"] > 1 or not others:
+                if turn[1] == ABSTENTION or q["hops"] > 1 or not others or not q.get("relation"):
                     continue
                 new, old = rng.choice(others)["answer"], turn[1]
                 clash = any(t is not turn and (t[1] in old or old in t[1] or t[1] == new) for t in turns)

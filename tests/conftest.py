@@ -5,12 +5,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
+import pkgutil
 import socket
+from importlib import import_module
 
 import pytest
 import torch
 
-from nanochat.blocks import fused, gemv
+from nanochat import blocks
 
 LOCAL = {"localhost", "localhost.localdomain", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname(), "", None}
 
@@ -23,8 +25,8 @@ def pytest_configure(config):
 def base_dir(tmp_path_factory, pytestconfig):
     """A base directory for the session; a test that wants its own sets NANOCHAT_BASE_DIR itself.
 
-    The kernels of fused.py and gemv.py are not compiled anew for each: they live in pytest's cache folder, under names
-    that change with their source, compiler and machine.
+    The kernels of nanochat/blocks are not compiled anew for each: they live in pytest's cache folder, under names that
+    change with their source, compiler and machine.
     """
     base = tmp_path_factory.mktemp("nanochat")
     # without a cache folder (-p no:cacheprovider) they are compiled once a session
@@ -34,8 +36,10 @@ def base_dir(tmp_path_factory, pytestconfig):
         (base / "kernels").symlink_to(cache / "kernels", target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        patch.setattr(fused, "get_base_dir", lambda: cache)
-        patch.setattr(gemv, "get_base_dir", lambda: cache)
+        for name in [found.name for found in pkgutil.iter_modules(blocks.__path__)]:
+            module = import_module(f"nanochat.blocks.{name}")
+            if hasattr(module, "get_base_dir"):
+                patch.setattr(module, "get_base_dir", lambda: cache)
         yield base
 
 

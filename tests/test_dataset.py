@@ -97,7 +97,9 @@ def test_a_missing_folder_is_refused(tmp_path):
     assert "fineweb:N" in refusal("fineweb8")
 
 
-@pytest.mark.parametrize("files", [{}, {"a.txt": ""}, {"a.txt": "only one paragraph\n"}, {"a.csv": "x"}, {"a.md": " \n"}])
+@pytest.mark.parametrize(
+    "files", [{}, {"a.txt": ""}, {"a.txt": "only one paragraph\n"}, {"a.csv": "x"}, {"a.md": " \n"}]
+)
 def test_a_folder_without_text_is_refused(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)

@@ -82,7 +82,9 @@ def test_one_row_products_of_the_decoder_are_those_of_the_linear_layer(dtype):
             # one rounding of the result: 2^-24 of fp32 (and its sum's), 2^-9 of bf16
             tol = 1e-5 if dtype == torch.float32 else 2**-8
             torch.testing.assert_close(fast(x).double(), want, rtol=tol, atol=tol)
-            torch.testing.assert_close(fast(x.expand(3, 1, k)), slow(x.expand(3, 1, k)))  # more rows: PyTorch's
+            rows = torch.randn(3, 1, k).to(dtype)
+            torch.testing.assert_close(fast(rows), slow(rows), rtol=tol, atol=tol)
+            torch.testing.assert_close(fast(x.expand(9, 1, k)), slow(x.expand(9, 1, k)))  # more rows: PyTorch's
         fast(x).sum().backward()  # with gradients on: PyTorch's, too
         assert fast[0].weight.grad is not None
 

@@ -340,6 +340,49 @@ static void x_bwd(const T* dxp, const T* dxd, const float* to_end, const T* dyp,
             }
 }
 
+// One token: everything between the projections. past (b, 3, C) and S (b, H, P, N) float are updated in place; w (C, 4)
+template <class T>
+static void step(const T* zx, I ld, const float* w, const float* bias, const float* dt_bias, const float* A_log,
+                 const float* D, const float* nw, float eps, T* past, float* S, T* out, I b, I H, I P, I N) {
+    I E = H * P, C = E + 2 * N;
+    std::vector<float> xs(b * C), g(b * E);
+    for (I i = 0; i < b; i++) {
+        const T* in = zx + i * ld + E;
+        T *p0 = past + i * (W - 1) * C, *p1 = p0 + C, *p2 = p1 + C;
+        float* o = xs.data() + i * C;
+#pragma omp simd
+        for (I c = 0; c < C; c++) {
+            float a = bias[c] + w[c * W] * ld_(p0[c]) + w[c * W + 1] * ld_(p1[c]) + w[c * W + 2] * ld_(p2[c]) +
+                      w[c * W + 3] * ld_(in[c]);
+            o[c] = a * sigmoid_(a);
+            p0[c] = p1[c]; p1[c] = p2[c]; p2[c] = in[c];
+        }
+    }
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static) if (b * E * N > (1 << 18))
+    for (I i = 0; i < b; i++)
+        for (I h = 0; h < H; h++) {
+            const float *x = xs.data() + i * C + h * P, *B = xs.data() + i * C + E, *Cm = B + N;
+            float raw = ld_(zx[i * ld + E + C + h]) + dt_bias[h];
+            float dt = raw > 20.f ? raw : std::log1p(std::exp(raw)), a = std::exp(-dt * std::exp(A_log[h]));
+            for (I p = 0; p < P; p++) {
+                float *s = S + ((i * H + h) * P + p) * N, xd = x[p] * dt, y = 0.f;
+#pragma omp simd reduction(+ : y)
+                for (I n = 0; n < N; n++) { s[n] = a * s[n] + xd * B[n]; y += s[n] * Cm[n]; }
+                float z = ld_(zx[i * ld + h * P + p]);
+                g[i * E + h * P + p] = (y + D[h] * x[p]) * z * sigmoid_(z);
+            }
+        }
+    for (I i = 0; i < b; i++) {
+        const float* v = g.data() + i * E;
+        float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+        for (I p = 0; p < E; p++) sum += v[p] * v[p];
+        float r = 1.f / std::sqrt(sum / E + eps);
+#pragma omp simd
+        for (I p = 0; p < E; p++) st_(out[i * E + p], v[p] * r * nw[p]);
+    }
+}
+
 // out = x * rstd, rstd = 1 / sqrt(mean x^2 + eps), by rows of E;  backward: dx = rstd (g - xhat mean(g xhat))
 template <class T>
 static void rms_fwd(const T* x, float eps, T* out, float* rstd, I rows, I E) {
@@ -392,6 +435,9 @@ static void rms_bwd(const T* g, const T* x, const float* rstd, T* dx, I rows, I 
                      I u, I v) { out_bwd(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v); }          \
     void x_bwd_##S(const T* a, const T* b, const float* c, const T* d, const float* e, const T* f, I g, T* h,          \
                    float* i, I j, I k, I l, I m) { x_bwd(a, b, c, d, e, f, g, h, i, j, k, l, m); }                     \
+    void step_##S(const T* a, I b, const float* c, const float* d, const float* e, const float* f, const float* g,     \
+                  const float* h, double i, T* j, float* k, T* l, I m, I n, I o, I p) {                                \
+        step(a, b, c, d, e, f, g, h, (float)i, j, k, l, m, n, o, p); }                                                 \
     void rms_fwd_##S(const T* a, double b, T* c, float* d, I e, I f) { rms_fwd(a, (float)b, c, d, e, f); }             \
     void rms_bwd_##S(const T* a, const T* b, const float* c, T* d, I e, I f) { rms_bwd(a, b, c, d, e, f); }            \
     }

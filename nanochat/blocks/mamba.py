@@ -2,7 +2,7 @@
 
 Paper: Mamba-2, Dao & Gu 2024, arXiv 2405.21060, section 7 (figure 6). Parameter names, shapes and maths are those of
 mamba_ssm.modules.mamba2.Mamba2. On CUDA with mamba_ssm and causal_conv1d installed their kernels do the work;
-elsewhere `ssd.py` does, with the same numbers.
+on CPUs `fused.py` does; everywhere else, and wherever those can't serve, `ssd.py` does. All give the same numbers.
 
     [z | xBC | dt] = in_proj(u)                    widths d_inner, d_inner + 2 G N, H
     [x | B | C]    = silu(causal_conv(xBC))
@@ -127,7 +127,14 @@ class Mamba2(nn.Module):
 
     def step(self, u: Tensor, state: MambaState) -> Tensor:
         """One token, u (b, 1, d_model), in as few operations as possible: at batch 1 dispatch is the whole cost."""
-        z, xBC, dt = self.in_proj(u.squeeze(1)).split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
+        zxbcdt = self.in_proj(u.squeeze(1))
+        if not torch.is_grad_enabled() and fused.available(u, self.ngroups, self.d_conv):
+            y, past, state.ssm = fused.step(
+                zxbcdt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
+                self.norm.eps, self.headdim, self.d_state, state.conv.transpose(1, 2), state.ssm)
+            state.conv = past.transpose(1, 2)
+            return self.out_proj(y).unsqueeze(1)
+        z, xBC, dt = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
         step = self._step_kernels if self._kernels_for(u) else self._step_torch
         return self.out_proj(self.norm(step(xBC, dt, state).view(z.shape), z)).unsqueeze(1)
 

@@ -1,7 +1,8 @@
 """State space duality (SSD): the Mamba-2 recurrence as matrix multiplications, in pure PyTorch.
 
 Paper: Mamba-2, Dao & Gu 2024, arXiv 2405.21060, section 6 ("block decomposition"). The GPU implementation is
-mamba_ssm.ops.triton.ssd_combined; this file gives the same numbers on any device and is laid out for CPUs.
+mamba_ssm.ops.triton.ssd_combined; this file gives the same numbers on any device;
+`fused.py` is the same algorithm with its element-wise parts in C++, for CPUs.
 
 Glossary (code name: meaning, shape)
     b        batch

@@ -8,12 +8,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.blocks import fused, gemv
 from nanochat.common import Linear
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension, no learned scale."""
-    return F.rms_norm(x, (x.size(-1),))
+    if x.numel() <= gemv.MAX_ROWS * x.size(-1) and gemv.usable(x):
+        return gemv.rms_norm(x)
+    return fused.rms_norm(x)
 
 
 def rope_table(n: int, head_dim: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,9 +48,7 @@ class KVState:
         T = k.size(2)
         ragged = isinstance(lengths, torch.Tensor)
         end = (int(lengths.max()) if ragged else lengths) + T
-        if end > self.k.size(2):
-            grow = max(end, 2 * self.k.size(2), 128) - self.k.size(2)
-            self.k, self.v = (F.pad(x, (0, 0, 0, grow)) for x in (self.k, self.v))
+        self.reserve(end)
         if ragged:
             rows = torch.arange(k.size(0), device=k.device)[:, None]
             cols = lengths[:, None] + torch.arange(T, device=k.device)
@@ -57,6 +58,16 @@ class KVState:
             self.k[:, :, lengths:end] = k
             self.v[:, :, lengths:end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether a kernel may write x's dtype into the memory as it lies."""
+        return self.k.dtype == self.v.dtype == x.dtype and self.k.is_contiguous() and self.v.is_contiguous()
+
+    def reserve(self, end: int) -> None:
+        """Have room for `end` tokens."""
+        if end > self.k.size(2):
+            grow = max(end, 2 * self.k.size(2), 128) - self.k.size(2)
+            self.k, self.v = (F.pad(x, (0, 0, 0, grow)) for x in (self.k, self.v))
 
 
 class Attention(nn.Module):
@@ -70,7 +81,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, pos: "Positions", state: KVState | None = None) -> torch.Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
+        qkv = self.qkv(x)
+        if T == 1 and state is not None and state.fits(x) and gemv.usable(x):
+            state.reserve(pos.end)
+            return self.out(gemv.attend(qkv, pos.cos, pos.sin, state.k, state.v, pos.start, self.n_head))
+        qkv = qkv.view(B, T, -1, self.head_dim)
         qk, v = qkv.transpose(1, 2).split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)  # (B, heads, T, D)
         qk = norm(rotate(qk, pos.cos, pos.sin))  # both at once: half the operations, which is what decoding costs
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
@@ -89,7 +104,7 @@ class Positions:
     """
 
     def __init__(self, start: torch.Tensor | int, T: int, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype):
-        self.start = start
+        self.start, self.end = start, T + (start if isinstance(start, int) else int(start.max()))
         self.mask = None
         if isinstance(start, int):
             self.cos, self.sin = (x[start : start + T].to(dtype) for x in (cos, sin))  # (T, D/2)
@@ -98,7 +113,7 @@ class Positions:
         else:
             where = start[:, None] + torch.arange(T, device=cos.device)  # (B, T)
             self.cos, self.sin = (x[where][:, None].to(dtype) for x in (cos, sin))  # (B, 1, T, D/2)
-            keys = torch.arange(int(start.max()) + T, device=cos.device)
+            keys = torch.arange(self.end, device=cos.device)
             self.mask = (keys <= where[..., None])[:, None]  # (B, 1, T, S)
 
 

@@ -1,0 +1,350 @@
+"""The whole pipeline through the scripts' own `main`, tiny: what each stage writes, that it learns, what it refuses.
+
+One run is shared by all tests of this file: tokenizer, pretraining, midtraining, SFT, RAG fine-tuning, the evaluations
+and the chat. Nothing here can answer well after a dozen steps; that it can is shown by the presets, not by the tests.
+"""
+
+import json
+import os
+import random
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError
+from nanochat.config import run
+from nanochat.rag_utils import ABSTENTION
+from nanochat.retrieval import RetrievalManager
+from nanochat.tokenizer import Tokenizer
+from scripts import (
+    base_eval,
+    base_train,
+    chat_cli,
+    chat_eval,
+    chat_sft,
+    mid_train,
+    prepare_rag_dataset,
+    rag_eval,
+    rag_finetune,
+    tok_eval,
+    tok_train,
+)
+from tasks.factbook import load_documents
+
+# Everything as small as it goes; fp32, because emulated bf16 is slow where the CPU lacks it.
+TINY = {"device": "cpu", "dtype": "float32", "device_batch_size": 2, "lr_scale": 1.0}
+
+
+def configure(script, **options):
+    return script.Config(**{k: v for k, v in TINY.items() if k in {f.name for f in fields(script.Config)}} | options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Every stage once, in the order of the speedrun; .found holds what each `main` returned."""
+    home = tmp_path_factory.mktemp("world")
+    w = SimpleNamespace(home=home, base=home / "base", kb=str(home / "rag" / "knowledge_base"), found={})
+    w.queries = str(home / "rag" / "queries")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(w.base))
+        # 1. Text of ours, tokenizer
+        docs = [d["content"] for d in load_documents().values() if d["split"] == "train"]
+        (home / "text").mkdir()
+        for n, text in enumerate(random.Random(0).sample(docs, 300)):
+            (home / "text" / f"{n}.txt").write_text(text)
+        w.text = str(home / "text")
+        w.found["tok_train"] = tok_train.main(tok_train.Config(data=w.text, vocab_size=700))
+        w.found["tok_eval"] = tok_eval.main(
+            tok_eval.Config(data=w.text, max_examples=50, output=str(home / "tok_eval.json"))
+        )
+        # 2. Pretraining: no drills but a few, so that the loss is that of text
+        w.found["base_train"] = base_train.main(configure(
+            base_train, depth=2, block_pattern="MT", n_embd=64, sequence_len=128, data=w.text, num_iterations=25,
+            drill_until=0.05, val_batches=2, val_every=0,
+        ))  # fmt: skip
+        w.found["base_eval"] = base_eval.main(base_eval.Config(
+            data=w.text, val_batches=2, device_batch_size=2, max_examples=10, device="cpu",
+            output=str(home / "base_eval.json"),
+        ))  # fmt: skip
+        # 3. Midtraining and SFT, with conversations of our own
+        mine = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"I, {n}."}]}
+                for n in range(30)]  # fmt: skip
+        (home / "mine.jsonl").write_text("".join(json.dumps(c) + "\n" for c in mine))
+        w.found["mid_train"] = mid_train.main(configure(
+            mid_train, sequence_len=384, data=w.text, conversations=str(home / "mine.jsonl"), num_iterations=6,
+            val_batches=2, val_every=0,
+        ))  # fmt: skip
+        w.found["chat_sft"] = chat_sft.main(configure(chat_sft, sequence_len=384, num_iterations=24, val_every=0))
+        w.found["chat_eval"] = chat_eval.main(chat_eval.Config(
+            max_examples=4, batch_size=4, show=1, device="cpu", output=str(home / "chat_eval.json"),
+        ))  # fmt: skip
+        # 4. RAG
+        prepare_rag_dataset.main(prepare_rag_dataset.Config(mode="example", output=str(home / "rag"), type="bm25"))
+        w.found["rag_finetune"] = rag_finetune.main(configure(
+            rag_finetune, knowledge_base=w.kb, block_pattern="M,T", retriever_type="bm25", top_k=3, sequence_len=384,
+            num_iterations=12, val_every=0, val_examples=3,
+        ))  # fmt: skip
+        w.found["rag_eval"] = rag_eval.main(rag_eval.Config(
+            knowledge_base=w.kb, queries=w.queries + "/test.jsonl", retriever_type="bm25", top_k=3, max_examples=3,
+            max_tokens=6, device="cpu", output=str(home / "rag_eval.json"),
+        ))  # fmt: skip
+        yield w
+
+
+@pytest.fixture(autouse=True)
+def _base(world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world.base))
+
+
+def curve(world, source, tag="d2"):
+    rows = [json.loads(x) for x in (world.base / "checkpoints" / source / tag / "metrics.jsonl").open()]
+    return [r["loss"] for r in rows if "loss" in r]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every stage leaves behind
+
+
+@pytest.mark.parametrize(("source", "steps"), [("base", 25), ("mid", 6), ("sft", 24), ("rag", 12)])
+def test_a_stage_leaves_a_checkpoint_that_loads_and_its_metrics(world, source, steps):
+    run_folder = world.base / "checkpoints" / source / "d2"
+    assert {p.name for p in run_folder.iterdir()} == {"metrics.jsonl", f"step_{steps:06d}"}
+    assert len(curve(world, source)) == steps
+    model, tokenizer, meta = load_model(source)
+    assert (meta["step"], meta["source"], meta["tag"]) == (steps, source, "d2")
+    assert model.config.block_pattern == "MT" and tokenizer.vocab_size == model.config.vocab_size == 700
+    assert model.generate_from_conversation({"messages": [{"role": "user", "content": "Hi"}]}, max_tokens=2) is not None
+
+
+def test_every_stage_names_the_one_it_came_from(world):
+    parents = {s: load_model(s)[2].get("parent") for s in ("base", "mid", "sft", "rag")}
+    assert parents == {"base": None, "mid": "base", "sft": "mid", "rag": "mid"}
+    assert load_model("rag")[2]["parent_step"] == 6 and load_model("rag")[2]["knowledge_base"] == world.kb
+
+
+@pytest.mark.parametrize("source", ["base", "sft", "rag"])
+def test_the_loss_on_training_data_falls(world, source):
+    losses = curve(world, source)
+    third = len(losses) // 3
+    assert sum(losses[-third:]) < 0.97 * sum(losses[:third])  # three per cent: far less than any run of ours showed
+
+
+def test_the_final_metrics_are_those_of_all_evaluations(world):
+    assert world.found["base_train"].keys() >= {"val_bpb", "copy", "recall", "level", "loss", "step", "tokens"}
+    assert world.found["mid_train"].keys() >= {"val_bpb", "copy", "f1", "em"}
+    assert "chat_val_loss" in world.found["chat_sft"]
+    assert world.found["rag_finetune"].keys() >= {"f1", "em", "abstains"}
+    assert 1 < world.found["base_train"]["val_bpb"] < 6  # 25 steps from the 6 or so bits of a uniform guess
+
+
+def test_the_tokenizer_is_stored_as_json_and_round_trips(world):
+    assert [p.name for p in (world.base / "tokenizer").iterdir()] == ["tokenizer.json"]
+    tokenizer = Tokenizer.load(world.base / "tokenizer")
+    assert tokenizer.vocab_size == 700 == world.found["tok_train"].vocab_size
+    text = "São Tomé: 83,871 sq km <|bos|>\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.bos not in tokenizer.encode(text)
+
+
+def shares(row, names):
+    return all(0 <= row[name] <= 1 for name in names if name in row)
+
+
+@pytest.mark.parametrize("name", ["tok_eval", "base_eval", "chat_eval", "rag_eval"])
+def test_an_evaluation_writes_rows_config_and_versions(world, name):
+    written = json.loads((world.home / f"{name}.json").read_text())
+    assert set(written) == {"rows", "config", "versions"} and written == json.loads(json.dumps(world.found[name]))
+    assert written["rows"] and written["versions"]
+    assert {"seed", "max_examples", "output"} <= written["config"].keys()
+    for row in written["rows"].values():
+        assert isinstance(row["n"], int) and row["n"] > 0
+        assert all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in row.values())
+        assert shares(row, {"f1", "em", "accuracy", "hallucination", "abstention", "over_abstention", "recall@k"})
+
+
+def test_the_evaluations_have_the_rows_they_promise(world):
+    assert set(world.found["base_eval"]["rows"]) == {
+        "text", "cloze_train_countries", "cloze_val_countries", "drill_copy", "drill_recall",
+    }  # fmt: skip
+    assert {f"{s}/{r}" for s in ("sft", "mid") for r in ("chat", "reading")} <= set(world.found["chat_eval"]["rows"])
+    rows = world.found["rag_eval"]["rows"]
+    assert {"closed_book", "oracle", "retrieved", "distractors_only", "always_abstain", "first_entity"} <= set(rows)
+    assert rows["always_abstain"]["over_abstention"] == 1 and rows["always_abstain"]["f1"] == 0
+    assert rows["oracle"]["recall@k"] == 1 and rows["distractors_only"].get("recall@k", 0) == 0
+    assert "recall@k" not in rows["closed_book"]
+    for row in rows.values():
+        assert all(row[f"{m}_lo"] <= row[m] <= row[f"{m}_hi"] for m in ("f1", "em", "hallucination") if m in row)
+    answers = [json.loads(x) for x in (world.home / "rag_eval.answers.jsonl").open()]
+    assert len(answers) == sum(row["n"] for row in rows.values())
+    assert {a["answer"] for a in answers if a["row"] == "always_abstain"} == {ABSTENTION}
+    assert all(set(a["positive_ids"]) <= set(a["documents"]) for a in answers if a["row"] == "oracle")
+    assert not any(set(a["positive_ids"]) & set(a["documents"]) for a in answers if a["row"] == "distractors_only")
+
+
+def test_the_same_seed_asks_the_same_questions(world, tmp_path):
+    config = rag_eval.Config(
+        knowledge_base=world.kb, queries=world.queries + "/test.jsonl", retriever_type="bm25", max_examples=2,
+        max_tokens=3, rows="retrieved,always_abstain", device="cpu",
+    )  # fmt: skip
+    first, second = rag_eval.main(config)["rows"], rag_eval.main(config)["rows"]
+    assert list(first) == ["retrieved", "always_abstain"] and first == second
+
+
+def test_the_example_data_set_opens_and_its_conversations_render(world):
+    manager = RetrievalManager(retriever_type="simple", knowledge_base_path=world.kb)
+    assert manager.retrieve("What is machine learning?", top_k=3)[0].title == "Machine learning"
+    tokenizer = Tokenizer.load(world.base / "tokenizer")
+    for split in ("train", "val"):
+        rows = [json.loads(x) for x in (world.home / "rag" / "conversations" / f"{split}_rag.jsonl").open()]
+        assert rows and all(any(tokenizer.render_conversation(row)[1]) for row in rows)
+    assert {p.stem for p in Path(world.queries).iterdir()} == {"train", "val", "test"}
+
+
+def test_the_chat_answers_one_question_and_says_what_it_read(world, capsys):
+    argv = f"--source rag --knowledge_base {world.kb} --max_tokens 6 --device cpu --top_k 2".split()
+    run(chat_cli.main, chat_cli.Config, [*argv, "-p", "When was the Suez Canal opened?"])
+    out, err = capsys.readouterr()
+    assert out.count("\n") >= 1 and "Suez Canal" in err and "cited:" in err
+
+
+def test_training_goes_on_where_it_stopped(world):
+    """A run of 8 steps in two parts has the losses of one that went through."""
+    options = {"depth": 1, "block_pattern": "M", "n_embd": 32, "sequence_len": 64, "data": world.text, "val_every": 0,
+               "val_batches": 1, "drill_until": 0.0, "num_iterations": 8}  # fmt: skip
+    base_train.main(configure(base_train, model_tag="whole", save_every=4, keep_last=0, **options))
+    part = world.base / "checkpoints" / "base" / "part"
+    part.mkdir()
+    (part / "step_000004").symlink_to(part.parent / "whole" / "step_000004")
+    base_train.main(configure(base_train, model_tag="part", resume=True, **options))
+    assert curve(world, "base", "part") == curve(world, "base", "whole")[4:]
+    for tag in ("whole", "part"):  # out of the way of "the newest"
+        (part.parent / tag).rename(world.home / tag)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, nothing half-written
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+BAD = {
+    "unknown option": (base_train, "--dept 3", "did you mean --depth?"),
+    "pattern of another length": (base_train, "--depth 3 --block_pattern MT --data TEXT", "2 blocks, but the depth"),
+    "unknown block": (base_train, "--depth 2 --block_pattern MX --data TEXT", "unknown block 'X'"),
+    "no such text": (base_train, "--data nowhere", "does not exist"),
+    "empty text": (base_train, "--data EMPTY", "too little text"),
+    "text that is not UTF-8": (base_train, "--data LATIN", "not valid UTF-8"),
+    "share above 1": (base_train, "--drill_share 1.5 --data TEXT", "between 0 and 1"),
+    "negative seed": (base_train, "--seed -1", "--seed -1"),
+    "no steps": (base_train, "--depth 1 --data TEXT --num_iterations 0", "at least 1"),
+    "batch that does not divide": (base_train, "--depth 1 --data TEXT --total_batch_size 1000", "not a multiple"),
+    "batch of none": (base_train, "--depth 1 --data TEXT --device_batch_size 0", "at least 1"),
+    "unknown device": (base_train, "--device toaster", "choose cpu, cuda or mps"),
+    "unknown dtype": (base_train, "--depth 1 --data TEXT --dtype float13", "choose one of"),
+    "bad tag": (base_train, "--depth 1 --data TEXT --model_tag ../x", "letters, digits"),
+    "vocabulary below bytes": (tok_train, "--data TEXT --vocab_size 200", "too small"),
+    "vocabulary beyond the text": (tok_train, "--data SMALL --vocab_size 9000", "byte pairs"),
+    "config that is not there": (tok_train, "--config nowhere.py", "cannot read the config"),
+    "config with code": (tok_train, "--config CODE", "only plain assignments"),
+    "unknown stage": (mid_train, "--source nonsense", "neither a checkpoint folder nor one of"),
+    "missing stage": (mid_train, "--source refrag", "no 'refrag' checkpoint"),
+    "missing tag": (mid_train, "--source_tag d99", "known tags: d2"),
+    "shares above 1": (mid_train, "--text_share 0.9 --chat_share 0.9 --data TEXT", "between 0 and 1"),
+    "malformed conversations": (mid_train, "--conversations BROKEN --data TEXT", "line 2: not valid JSON"),
+    "conversations that are none": (chat_sft, "--conversations QUERIES", "a conversation is"),
+    "shares above 1 in SFT": (chat_sft, "--facts_share 0.9 --reading_share 0.9", "between 0 and 1"),
+    "truncated checkpoint": (chat_sft, "--source CUT", "truncated"),
+    "foreign checkpoint": (chat_sft, "--source FOREIGN", "not a checkpoint"),
+    "no knowledge base named": (rag_finetune, "", "--knowledge_base is needed"),
+    "folder that is no knowledge base": (rag_finetune, "--knowledge_base TEXT", "not a knowledge base"),
+    "folder around a knowledge base": (rag_finetune, "--knowledge_base RAG", "name that"),
+    "pattern of another model": (rag_finetune, "--knowledge_base KB --block_pattern T,M", "checkpoint has MT"),
+    "index that was not built": (rag_finetune, "--knowledge_base KB --retriever_type dense", "no dense index"),
+    "unknown retriever": (rag_finetune, "--knowledge_base KB --retriever_type psychic", "unknown retriever type"),
+    "no documents": (rag_finetune, "--knowledge_base KB --top_k 0", "--top_k 0"),
+    "questions that are not there": (rag_finetune, "--knowledge_base KB --queries TEXT", "cannot read"),
+    "malformed questions": (rag_eval, "--knowledge_base KB --queries BROKEN", "line 2: not valid JSON"),
+    "questions without an answer": (rag_eval, "--knowledge_base KB --queries MINE", "line 1: no field 'id'"),
+    "questions to another knowledge base": (rag_eval, "--knowledge_base KB --queries OTHER", "no single-hop question"),
+    "unknown row": (rag_eval, "--knowledge_base KB --queries QUERIES --rows oracel", "--rows oracel"),
+    "neither of two": (rag_eval, "--knowledge_base KB", "are needed"),
+    "output where a file stands": (rag_eval, "--knowledge_base KB --queries QUERIES --rows always_abstain "
+                                             "--output MINE/x.json", "MINE"),
+    "nothing to evaluate": (chat_eval, "--max_examples 0", "at least 1"),
+    "missing model": (base_eval, "--model_tag d99", "known tags"),
+    "unknown mode": (prepare_rag_dataset, "--mode toy --output NEW", "choose example or factbook"),
+    "no output": (prepare_rag_dataset, "--mode example", "give --output"),
+    "unknown index": (prepare_rag_dataset, "--output NEW --type psychic", "unknown retriever type"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(world):
+    """What the capitals in the table above stand for."""
+    home = world.home
+    for name in ("empty", "latin", "small", "foreign", "cut"):
+        (home / name).mkdir()
+    (home / "latin" / "a.txt").write_bytes(b"caf\xe9")
+    (home / "small" / "a.txt").write_text("a few words\n\nand some more")
+    (home / "code.py").write_text("import os")
+    (home / "broken.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "messages": [{"role": "assistant", '
+                                       '"content": "x"}]}\n{"id": "b", "que\n')  # fmt: skip
+    (home / "other.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "positive_ids": ["not-here"]}\n')
+    (home / "foreign" / "config.json").write_text("{}")
+    step = world.base / "checkpoints" / "mid" / "d2" / "step_000006"
+    for file in step.iterdir():
+        (home / "cut" / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
+    return {
+        "TEXT": world.text, "EMPTY": home / "empty", "LATIN": home / "latin", "SMALL": home / "small",
+        "CODE": home / "code.py", "BROKEN": home / "broken.jsonl", "MINE": home / "mine.jsonl", "CUT": home / "cut",
+        "OTHER": home / "other.jsonl", "FOREIGN": home / "foreign", "KB": world.kb, "RAG": home / "rag",
+        "QUERIES": world.queries + "/test.jsonl", "NEW": home / "new",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(world, places, case, capfd, monkeypatch):
+    script, line, message = BAD[case]
+    monkeypatch.chdir(world.home)
+    argv = line.split()
+    for name, path in places.items():
+        argv = [a.replace(name, str(path)) if a.startswith(name) else a for a in argv]
+        message = message.replace(name, str(path))
+    if "--device" not in argv and "device" in {f.name for f in fields(script.Config)}:
+        argv += ["--device", "cpu"]
+    if script is rag_eval:
+        argv += ["--retriever_type", "bm25"]
+    before = snapshot(world.home)
+    with pytest.raises(SystemExit) as end:
+        run(script.main, script.Config, argv)
+    out, err = capfd.readouterr()
+    [told] = [x for x in err.replace("\r", "\n").splitlines() if x.startswith("error: ")]
+    assert end.value.code == 2 and message in told and len(told) < 500
+    assert "Traceback" not in out + err
+    assert snapshot(world.home) == before
+
+
+def test_a_full_disk_leaves_no_output(world, tmp_path, monkeypatch, capsys):
+    def full(fd):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    argv = ["--data", world.text, "--output", str(tmp_path / "out.json"), "--max_examples", "5"]
+    with pytest.raises(SystemExit) as end:
+        run(tok_eval.main, tok_eval.Config, argv)
+    assert end.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_rag_finetune_refuses_questions_of_another_knowledge_base(world, tmp_path):
+    row = {"id": "a", "query": "q?", "answer": "x", "positive_ids": ["not-here"]}
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="are they from the same data"):
+        rag_finetune.main(
+            configure(rag_finetune, knowledge_base=world.kb, queries=str(tmp_path), retriever_type="bm25")
+        )

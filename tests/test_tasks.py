@@ -1,0 +1,689 @@
+"""Tasks and streams: what is drawn, how often, in which order, and that every answer can be read where it is cited."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tasks.rag_task as rag_task
+from nanochat.common import UserError
+from nanochat.core_eval import choice_scores, multiple_choice
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.rag_utils import ABSTENTION, extract_citations, strip_citations
+from nanochat.tokenizer import Tokenizer
+from tasks.common import (
+    ConversationStream,
+    JSONLTask,
+    MixStream,
+    Task,
+    TaskMixture,
+    TaskSequence,
+    answer_loss,
+    check_shares,
+    whole_word,
+)
+from tasks.drills import LADDER, LEARNED, DrillStream, climb, drill_accuracy
+from tasks.factbook import ChatPairs, FactbookQA, cloze_items, load_documents, load_queries
+from tasks.rag_task import RAGMix, RAGTask, invent_name, reading_eval
+
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # a tokenizer without any merge
+V = BYTES.vocab_size
+
+
+class Letters(Task):
+    """n short conversations; the answer is the name and number of the example, and the epoch."""
+
+    def __init__(self, name: str, n: int, lengths=()):
+        self.name, self.n, self.lengths = name, n, lengths
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        question = "?" * (self.lengths[i] if self.lengths else 1)
+        answer = f"{self.name}{i}e{self.epoch}"
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def said(ids, mask):
+    """What the assistant says in a rendered conversation."""
+    return BYTES.decode_text([t for t, m in zip(ids, mask) if m and t < 256])
+
+
+def answer(conversation):
+    return conversation["messages"][-1]["content"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Task, TaskMixture, TaskSequence, JSONLTask
+
+
+def test_a_mixture_holds_every_example_once_in_a_seeded_order():
+    tasks = [Letters("a", 5), Letters("b", 7), Letters("a", 5)]
+    mixed = [answer(c) for c in map(TaskMixture(tasks, seed=3).__getitem__, range(17))]
+    wanted = [answer(t[i]) for t in tasks for i in range(len(t))]
+    assert len(TaskMixture(tasks)) == 17 and Counter(mixed) == Counter(wanted) and mixed != wanted
+    assert mixed == [answer(c) for c in map(TaskMixture(tasks, seed=3).__getitem__, range(17))]
+    assert mixed != [answer(c) for c in map(TaskMixture(tasks, seed=4).__getitem__, range(17))]
+
+
+def test_a_sequence_plays_its_tasks_in_order():
+    sequence = TaskSequence([Letters("a", 2), TaskSequence([Letters("b", 1), Letters("c", 2)])])
+    assert [answer(sequence[i]) for i in range(len(sequence))] == ["a0e0", "a1e0", "b0e0", "c0e0", "c1e0"]
+
+
+def test_the_epoch_reaches_the_tasks_of_a_mixture_of_mixtures():
+    mixture = TaskMixture([TaskMixture([Letters("a", 3)])])
+    mixture.epoch = 4
+    assert {answer(mixture[i]) for i in range(3)} == {"a0e4", "a1e4", "a2e4"}
+
+
+def test_a_task_draws_the_same_for_the_same_example_and_epoch():
+    task = Letters("a", 3)
+    first = task.rng(1).random()
+    assert task.rng(1).random() == first != task.rng(2).random()
+    task.epoch = 1
+    assert task.rng(1).random() != first
+
+
+def test_your_own_conversations_are_read_from_jsonl(tmp_path):
+    rows = [Letters("a", 3)[i] for i in range(3)]
+    (tmp_path / "mine.jsonl").write_text("\n\n".join(json.dumps(r) for r in rows))
+    task = JSONLTask(tmp_path / "mine.jsonl")
+    assert [task[i] for i in range(len(task))] == rows
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "line 2: not valid JSON"),
+        ("[]", "line 2: a list"),
+        ("{}", "record 2: a conversation is"),
+        (json.dumps({"messages": [USER]}), "record 2: no assistant message"),
+        (json.dumps({"messages": [USER, {"role": "robot", "content": "x"}]}), "record 2: message 2: role must be"),
+        (json.dumps({"messages": [{"role": "assistant", "content": 5}]}), "record 2: message 1"),
+        (json.dumps({"messages": [{"role": "retrieval", "documents": [{}]}]}), "record 2: message 1"),
+    ],
+)
+def test_a_malformed_conversation_is_named_by_its_line(tmp_path, line, message):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(Letters("a", 1)[0]) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=re.escape("mine.jsonl")) as error:
+        JSONLTask(tmp_path / "mine.jsonl")
+    assert message in str(error.value)
+
+
+def test_a_file_without_conversations_is_refused(tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no conversation"):
+        JSONLTask(tmp_path / "none.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def test_every_epoch_plays_all_conversations_in_another_order():
+    stream = ConversationStream(Letters("a", 20), BYTES, 50, seed=1)
+    epochs = [[said(*stream.sample(20 * e + i)) for i in range(20)] for e in range(3)]
+    for e, epoch in enumerate(epochs):
+        assert sorted(epoch) == sorted(f"a{i}e{e}" for i in range(20))
+    orders = [[a.partition("e")[0] for a in epoch] for epoch in epochs]
+    assert orders[0] != orders[1] != orders[2] and stream.skipped == 0
+    fresh = ConversationStream(Letters("a", 20), BYTES, 50, seed=1)  # a resumed run begins anywhere
+    assert said(*fresh.sample(47)) == epochs[2][7] and said(*fresh.sample(3)) == epochs[0][3]
+
+
+def test_unshuffled_conversations_come_in_order():
+    stream = ConversationStream(Letters("a", 3), BYTES, 50, shuffle=False)
+    assert [said(*stream.sample(i)) for i in range(4)] == ["a0e0", "a1e0", "a2e0", "a0e1"]
+
+
+def test_two_streams_over_one_task_keep_their_own_epochs():
+    task = Letters("a", 3)
+    one, two = (ConversationStream(task, BYTES, 50, shuffle=False) for _ in range(2))
+    assert said(*one.sample(0)) == "a0e0" and said(*two.sample(6)) == "a0e2" and said(*one.sample(1)) == "a1e0"
+
+
+def test_conversations_that_do_not_fit_are_passed_over_and_counted():
+    stream = ConversationStream(Letters("a", 4, [1, 90, 90, 1]), BYTES, 50, shuffle=False)
+    assert [said(*stream.sample(i)) for i in range(5)] == ["a0e0", "a3e0", "a3e0", "a3e0", "a0e1"]
+    assert stream.skipped == 3
+    with pytest.raises(UserError, match="use a longer --sequence_len"):
+        ConversationStream(Letters("a", 2, [90, 90]), BYTES, 50).sample(0)
+    with pytest.raises(UserError, match="holds no example"):
+        ConversationStream(Letters("a", 0), BYTES, 50)
+
+
+class Echo:
+    """sample(i) -> [i]; the state counts the samples asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def sample(self, i):
+        self.asked += 1
+        return [i], None
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+def draw(mix: MixStream, indices) -> list[tuple[str, int]]:
+    """Which stream each index draws from, and the index it gets there."""
+    found = []
+    for i in indices:
+        before = dict(mix.counts)
+        ids, _ = mix.sample(i)
+        found.append((next(n for n in before if mix.counts[n] > before[n]), ids[0]))
+    return found
+
+
+def test_a_mix_draws_by_weight_and_each_stream_in_order():
+    mix = MixStream({"a": Echo(), "b": Echo(), "never": Echo()}, {"a": 3, "b": 1, "never": 0})
+    drawn = draw(mix, range(2000))
+    share = sum(name == "a" for name, _ in drawn) / 2000
+    assert abs(share - 0.75) < 0.05  # five standard deviations of 2000 draws
+    for name in ("a", "b"):
+        own = [k for n, k in drawn if n == name]
+        assert own == list(range(len(own)))
+    assert mix.counts["never"] == 0
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_never_draw_the_same_sample(world):
+    drawn = []
+    for rank in range(world):
+        mix = MixStream({"a": Echo(), "b": Echo()}, {"a": 0.5, "b": 0.5}, world_size=world)
+        drawn += draw(mix, range(rank, 600, world))
+    assert len(set(drawn)) == len(drawn) == 600
+    for name in ("a", "b"):  # and little is left out: each rank counts for itself
+        own = sorted(k for n, k in drawn if n == name)
+        assert own[-1] < len(own) * 1.4
+
+
+def test_a_mix_continues_where_its_state_was_taken():
+    make = lambda: MixStream({"a": Echo(), "b": Echo()}, {"a": 0.5, "b": 0.5}, seed=2)
+    mix = make()
+    draw(mix, range(30))
+    mix.weights = {"a": 0.9, "b": 0.1}
+    state = json.loads(json.dumps(mix.state_dict()))
+    other = make()
+    other.load_state_dict(state)
+    assert other.streams["a"].asked == mix.streams["a"].asked > 0
+    assert draw(other, range(30, 90)) == draw(mix, range(30, 90))
+
+
+@pytest.mark.parametrize("shares", [{"a": 1.5, "b": -0.5}, {"a": 0, "b": 0}, {"a": float("nan")}])
+def test_shares_that_cannot_be_are_refused(shares):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        MixStream(dict.fromkeys(shares, Echo()), shares)
+
+
+def test_rounding_errors_of_shares_are_forgiven():
+    assert check_shares({"a": 0.7, "b": 1 - 0.7 - 0.3 - 1e-16})["b"] >= 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drills
+
+
+def test_the_same_index_gives_the_same_drill_and_the_seed_changes_it():
+    one, two, other = DrillStream(BYTES), DrillStream(BYTES), DrillStream(BYTES, seed=1)
+    for stream in (one, two, other):
+        stream.level = 3
+    assert [one.sample(i) for i in range(20)] == [two.sample(i) for i in range(19, -1, -1)][::-1]
+    assert all(one.sample(i) != other.sample(i) for i in range(5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(level=st.integers(0, len(LADDER) - 1), seed=st.integers(0, 10**6))
+def test_a_copy_drill_asks_for_exactly_the_repeat(level, seed):
+    stream = DrillStream(BYTES)
+    ids, mask = stream.copy(random.Random(seed), level)
+    n = (len(ids) - 3) // 2
+    assert ids[0] == stream.bos and ids[1 : n + 1] == ids[n + 2 : -1] and ids[n + 1] == ids[-1] == stream.sep
+    assert mask == [0] * (n + 2) + [1] * (n + 1)
+    size, length = LADDER[level]
+    assert length // 2 <= n <= length and set(ids[1 : n + 1]) <= set(stream.symbols[: size or 256])
+
+
+@settings(max_examples=60, deadline=None)
+@given(level=st.integers(0, len(LADDER) - 1), seed=st.integers(0, 10**6))
+def test_a_recall_drill_tells_every_pair_once_and_asks_for_each(level, seed):
+    stream = DrillStream(BYTES)
+    ids, mask = stream.recall(random.Random(seed), level)
+    told, asked, at = {}, [], 1
+    while ids[at] != stream.ask:
+        end = ids.index(stream.sep, at)
+        assert ids[at + 2] == stream.mem and 1 <= end - at - 3 <= 4 and not any(mask[at : end + 1])
+        key = tuple(ids[at : at + 2])
+        assert key not in told, "a key with two values can't be recalled"
+        told[key] = ids[at + 3 : end]
+        at = end + 1
+    while at < len(ids):
+        end = ids.index(stream.sep, at)
+        assert ids[at] == stream.ask and ids[at + 3] == stream.end
+        assert ids[at + 4 : end] == told[tuple(ids[at + 1 : at + 3])]
+        assert mask[at : at + 4] == [0] * 4 and mask[at + 4 : end + 1] == [1] * (end - at - 3)
+        asked.append(tuple(ids[at + 1 : at + 3]))
+        at = end + 1
+    assert sorted(asked) == sorted(told) and len(told) >= 2
+
+
+def test_a_larger_alphabet_contains_the_smaller_ones():
+    stream = DrillStream(BYTES)
+    assert set(stream._alphabet(0)[0]) < set(stream._alphabet(2)[0]) and len(stream._alphabet(0)[0]) == 64
+
+
+def test_a_drill_stream_keeps_its_level_in_its_state():
+    stream, other = DrillStream(BYTES), DrillStream(BYTES)
+    stream.level, stream.looks = 5, 17
+    other.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert (other.level, other.looks) == (5, 17) and other.sample(3) == stream.sample(3)
+
+
+class Copier(torch.nn.Module):
+    """Predicts what stood `n` tokens earlier, where the copy drill's repeat stands: perfect at copying one length."""
+
+    def __init__(self, right: bool):
+        super().__init__()
+        self.right, self.dummy = right, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids, return_hidden=True):
+        sep = BYTES.special_ids["<|sep|>"]
+        first = ids[0].tolist().index(sep) if sep in ids[0].tolist() else ids.size(1)
+        next_ids = torch.roll(ids, -1, 1)
+        next_ids[:, first:] = ids[:, 1 : ids.size(1) - first + 1]
+        return torch.nn.functional.one_hot(next_ids if self.right else next_ids * 0, V).float()
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_drill_accuracy_tells_a_copier_from_a_fool():
+    stream = DrillStream(BYTES)
+    assert drill_accuracy(Copier(True), stream, "copy", 1) > 0.95  # all but the separator at the end
+    assert drill_accuracy(Copier(False), stream, "copy", 1) < 0.1
+
+
+def test_a_learned_level_opens_the_next_and_the_top_hands_over_to_text():
+    stream = DrillStream(BYTES)
+    mix = MixStream({"text": Echo(), "drill": Echo()}, {"text": 0.02, "drill": 0.98})
+    after = {"text": 0.9, "drill": 0.1}
+    found = climb(Copier(False), stream, mix, after, patience=5)
+    assert stream.level == 0 and found["level"] == 0 and found["copy"] < LEARNED and mix.weights["text"] == 0.02
+    found = climb(Copier(True), stream, mix, after, patience=5)
+    assert stream.level == len(LADDER) - 1 and mix.weights == after
+
+
+def test_text_takes_over_when_patience_ends():
+    stream = DrillStream(BYTES)
+    mix = MixStream({"text": Echo(), "drill": Echo()}, {"text": 0.02, "drill": 0.98})
+    for look in range(3):
+        assert mix.weights["text"] == 0.02, look
+        climb(Copier(False), stream, mix, {"text": 0.9, "drill": 0.1}, patience=3)
+    assert mix.weights["text"] == 0.9 and stream.level == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RAGTask on the data that ships with the repo
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return load_documents()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Two in five training questions, of all three types."""
+    return {r["id"]: r for r in random.Random(0).sample(load_queries("train"), 8000)}
+
+
+@pytest.fixture(scope="module")
+def retrieved(rows, documents):
+    """A retriever that finds gold documents as well as ones of every split."""
+    rng, ids = random.Random(1), list(documents)
+    return {i: rng.sample([*r["positive_ids"], *rng.sample(ids, 10)], 10) for i, r in rows.items()}
+
+
+def examples(task, n=250, epoch=0):
+    """(row, documents shown, [(question, answer, cited numbers)]) of n examples all over the task."""
+    task.epoch = epoch
+    for i in range(0, len(task), max(1, len(task) // n)):
+        messages = task[i]["messages"]
+        assert [m["role"] for m in messages] == ["retrieval", *["user", "assistant"] * (len(messages) // 2)]
+        shown = messages[0]["documents"]
+        assert messages[0]["query"] == messages[1]["content"]
+        assert len({d["id"] for d in shown}) == len(shown)
+        turns = [
+            (q["content"], strip_citations(a["content"]).removesuffix("."), extract_citations(a["content"]))
+            for q, a in zip(messages[1::2], messages[2::2])
+        ]
+        yield task.rows[i], shown, turns
+
+
+REFUSED = ABSTENTION.removesuffix(".")
+
+
+def test_the_gold_document_is_cited_by_its_number_and_holds_the_answer(rows, documents, retrieved):
+    task = RAGTask(list(rows.values()), documents, RAGMix(counterfactual=0), retrieved)
+    wordings = {w: r for r in task.rows for w in [r["query"], *r["paraphrases"]]}
+    numbers = Counter()
+    for row, shown, turns in examples(task):
+        assert wordings[turns[0][0]]["id"] == row["id"]
+        for query, found, cited in turns:
+            asked, ids = wordings[query], [d["id"] for d in shown]
+            held = [p for p in asked["positive_ids"] if p in ids]
+            if found == REFUSED:
+                assert not cited and (not held or (asked["hops"] > 1 and len(held) < len(asked["positive_ids"])))
+                continue
+            assert found == asked["answer"]
+            assert {ids[n - 1] for n in cited} == (set(asked["positive_ids"]) if asked["hops"] > 1 else {held[0]})
+            numbers.update(cited)
+            text = " | ".join(shown[n - 1]["title"] + " | " + shown[n - 1]["content"] for n in cited)
+            assert found in text, (query, found)
+    assert set(numbers) == {1, 2, 3, 4, 5} and max(numbers.values()) < 3 * numbers[3]  # no favourite place
+
+
+@pytest.mark.parametrize(("absent", "refusals"), [(0.0, 0), (1.0, 1)])
+def test_it_abstains_exactly_when_no_gold_is_shown(rows, documents, retrieved, absent, refusals):
+    answerable = [r for r in rows.values() if r["positive_ids"]]
+    mix = RAGMix(absent, counterfactual=0, follow_up=0, min_docs=3, max_docs=3)
+    for row, shown, [(_, found, cited)] in examples(RAGTask(answerable, documents, mix, retrieved)):
+        gold = {d["id"] for d in shown} & set(row["positive_ids"])
+        assert (found == REFUSED) == (not gold) == bool(refusals) and len(shown) == 3 and bool(cited) == bool(gold)
+        if row["hops"] > 1 and gold:
+            assert len(gold) == len(row["positive_ids"])
+
+
+def test_the_share_of_missing_gold_documents_is_the_one_asked_for(rows, documents):
+    answerable = [r for r in rows.values() if r["positive_ids"]]
+    task = RAGTask(answerable, documents, RAGMix(absent=0.3, follow_up=0))
+    refused = [turns[0][1] == REFUSED for _, _, turns in examples(task, 1000)]
+    assert abs(sum(refused) / len(refused) - 0.3) < 0.08  # five standard deviations of a thousand
+
+
+def test_unanswerable_questions_are_always_refused(rows, documents, retrieved):
+    unanswerable = [r for r in rows.values() if r["type"] == "unanswerable"]
+    some = [r for r in rows.values() if r["type"] == "single"][:50]
+    task = RAGTask(some + unanswerable, documents, RAGMix(absent=0, follow_up=0, min_docs=2), retrieved)
+    for row, shown, turns in examples(task, 500):
+        assert (turns[0][1] == REFUSED) == (row["type"] == "unanswerable") and shown
+
+
+def names_in(text: str, names) -> set[str]:
+    return {n for n in names if re.search(rf"(?<!\w){re.escape(n)}(?!\w)", text)}
+
+
+def test_a_counterfactual_is_consistent_and_leaves_no_real_name(rows, documents, retrieved):
+    """The exchanged answer stands in the cited document, and the countries asked about and shown nowhere at all."""
+    task = RAGTask(list(rows.values()), documents, RAGMix(absent=0.2, counterfactual=1, max_docs=2), retrieved)
+    real = {d["country"] for d in documents.values()}
+    exchanged = answered = 0
+    for row, shown, turns in examples(task, 800):
+        text = "\n".join([d["title"] + "\n" + d["content"] for d in shown] + [f"{q}\n{a}" for q, a, _ in turns])
+        subjects = {documents[d["id"]]["country"] for d in shown} | {row.get("country"), row.get("bridge")} - {None}
+        assert not names_in(text, subjects & real), row["id"]
+        for query, found, cited in turns:
+            if found != REFUSED:
+                assert any(found in d["title"] + " | " + d["content"] for d in (shown[n - 1] for n in cited)), query
+        if row["hops"] == 1 and turns[0][1] != REFUSED:
+            answered += 1
+            exchanged += turns[0][1] not in row["answers"]
+    assert exchanged > 0.5 * answered > 0
+
+
+def test_a_counterfactual_exchanges_the_answer_wherever_it_stands():
+    def passage(i, country, text):
+        return {"id": i, "title": f"{country} - people", "content": text, "country": country, "split": "train"}
+
+    def question(country, word, gold):
+        return {"id": f"q-{gold}", "query": f"What is the main crop of {country}?", "paraphrases": [], "answer": word,
+                "answers": [word], "positive_ids": [gold], "hops": 1, "type": "single", "relation": "crop",
+                "country": country}  # fmt: skip
+
+    docs = {
+        "a": passage("a", "Chad", "The main crop of Chad is rye. Farmers in Chad have grown rye, not ryegrass."),
+        "b": passage("b", "Peru", "The main crop of Peru is rice."),
+    }
+    rows = [question("Chad", "rye", "a"), question("Peru", "rice", "b")]
+    task = RAGTask(rows, docs, RAGMix(absent=0, counterfactual=1, follow_up=0, max_docs=1))
+    seen = set()
+    for task.epoch in range(20):
+        [doc], query, given = task[0]["messages"][0]["documents"], *(m["content"] for m in task[0]["messages"][1:])
+        name, new = doc["title"].removesuffix(" - people"), strip_citations(given).removesuffix(".")
+        assert doc["content"] == f"The main crop of {name} is {new}. Farmers in {name} have grown {new}, not ryegrass."
+        assert query == f"What is the main crop of {name}?" and given == f"{new}. [1]" and name != "Chad"
+        seen.add(new)
+    assert seen == {"rye", "rice"}
+    assert docs["a"]["content"].startswith("The main crop of Chad is rye.")  # the knowledge base itself is untouched
+
+
+def test_an_invented_country_is_never_a_real_one(documents, monkeypatch, rows):
+    made = iter(["Oman", "Panama", "Oman"])  # syllables do give these
+    monkeypatch.setattr(rag_task, "invent_name", lambda rng: next(made, None) or invent_name(rng))
+    task = RAGTask(list(rows.values())[:200], documents, RAGMix(absent=0, counterfactual=1))
+    text = json.dumps(task[0])
+    assert not names_in(text, {"Oman", "Panama"}) and next(made, "used up") == "used up"
+
+
+def test_training_contexts_never_show_a_document_of_another_split(rows, documents, retrieved):
+    assert any(documents[d]["split"] != "train" for found in retrieved.values() for d in found)
+    for mix in (RAGMix(absent=0, min_docs=5), RAGMix(absent=1, min_docs=5), RAGMix(max_docs=1)):
+        for _, shown, _ in examples(RAGTask(list(rows.values()), documents, mix, retrieved), 400):
+            assert {documents[d["id"]]["split"] for d in shown} == {"train"}
+    val = RAGTask(load_queries("val")[:300], documents, RAGMix(min_docs=5))
+    assert {documents[d["id"]]["split"] for _, shown, _ in examples(val) for d in shown} == {"val"}
+
+
+def test_documents_without_a_split_are_all_used(rows, documents):
+    plain = {i: {k: v for k, v in d.items() if k != "split"} for i, d in documents.items()}
+    task = RAGTask(list(rows.values()), plain, RAGMix(absent=1, min_docs=5))
+    shown = {d["id"] for _, shown, _ in examples(task, 400) for d in shown}
+    assert {documents[i]["split"] for i in shown} == {"train", "val", "test"}
+
+
+def test_half_of_the_distractors_are_what_the_retriever_finds(rows, documents):
+    same = {d["split"]: [] for d in documents.values()}
+    for i, d in documents.items():
+        same[d["split"]].append(i)
+    rng = random.Random(2)
+    found = {i: rng.sample(same["train"], 10) for i in rows}
+    task = RAGTask(list(rows.values()), documents, RAGMix(absent=1, min_docs=4, max_docs=4), found)
+    hits = [d["id"] in found[row["id"]] for row, shown, _ in examples(task, 400) for d in shown]
+    assert 0.4 < sum(hits) / len(hits) < 0.6
+
+
+def test_follow_ups_are_about_the_documents_shown_but_for_one_that_none_answers(rows, documents):
+    task = RAGTask(list(rows.values()), documents, RAGMix(absent=0.2, counterfactual=0, follow_up=1, max_questions=6))
+    wordings = {w: r for r in task.rows for w in [r["query"], *r["paraphrases"]]}
+    counts, foreign = Counter(), 0
+    for _, shown, turns in examples(task, 400):
+        ids = {d["id"] for d in shown}
+        counts[len(turns)] += 1
+        strange = [q for q, _, _ in turns[1:] if not ids & set(wordings[q]["positive_ids"])]
+        assert len(strange) <= 1 and len(turns) <= 6
+        assert all(a == REFUSED for q, a, _ in turns if q in strange)
+        foreign += bool(strange)
+        assert len({wordings[q]["id"] for q, _, _ in turns}) == len(turns)
+    assert foreign > 20 and len(counts) >= 5
+
+
+def test_every_epoch_draws_anew_and_the_same_epoch_the_same(rows, documents, retrieved):
+    task = RAGTask(list(rows.values()), documents, RAGMix(min_docs=3), retrieved)
+    first = [list(examples(task, 40, epoch)) for epoch in (0, 1, 0)]
+    assert first[0] == first[2]
+    same = sum(a == b for a, b in zip(first[0], first[1]))
+    assert same <= 1
+    other = RAGTask(list(rows.values()), documents, RAGMix(min_docs=3), retrieved, seed=1)
+    assert list(examples(other, 40)) != first[0]
+
+
+def test_questions_without_their_documents_are_left_out_or_refused(rows, documents):
+    half = dict(list(documents.items())[::2])
+    task = RAGTask(list(rows.values()), half)
+    assert 0 < len(task) < len(rows) and all(set(r["positive_ids"]) <= set(half) for r in task.rows)
+    with pytest.raises(UserError, match="same data"):
+        RAGTask([r for r in rows.values() if r["positive_ids"]], {"x": {"id": "x", "title": "", "content": ""}})
+
+
+def test_a_knowledge_base_of_one_document_is_enough():
+    docs = {"x": {"id": "x", "title": "X", "content": "X is blue."}}
+    row = {"id": "q", "query": "What is X?", "paraphrases": [], "answer": "blue", "answers": ["blue"],
+           "positive_ids": ["x"], "hops": 1, "type": "single"}  # fmt: skip
+    task = RAGTask([row], docs, RAGMix(absent=0.5, counterfactual=0.5, follow_up=0.5))
+    answers = set()
+    for task.epoch in range(20):
+        answers.add(answer(task[0]))
+        assert len(task[0]["messages"][0]["documents"]) <= 1
+        BYTES.render_conversation(task[0])
+    assert answers == {"blue. [1]", ABSTENTION}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("12.,a ", max_size=12))
+def test_a_whole_word_is_not_part_of_a_longer_word_or_number(text):
+    found = [m.start() for m in whole_word("12").finditer(text)]
+    for i in range(len(text) - 1):
+        if text[i : i + 2] == "12":
+            before, after = text[:i][-1:], text[i + 2 :]
+            inside = before in tuple("12a.,") or after[:1] in tuple("12a") or re.match(r"[.,]\d", after)
+            assert (i in found) == (not inside)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluations during training
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(512, V, 1, 2, 2, 32, "T"))
+    model.init_weights()
+    return model.eval()
+
+
+def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkeypatch):
+    single = [r for r in rows.values() if r["type"] == "single"][:100]
+    for absent, metrics in ((0, {"f1": 1.0, "em": 1.0}), (1, {"abstains": 0.0})):
+        task = RAGTask(single, documents, RAGMix(absent, counterfactual=0, follow_up=1, max_docs=2))
+        asked = []
+
+        class Knows:
+            """Answers the first question of each conversation as the passages say it, never abstaining."""
+
+            def __init__(self, model, tokenizer):
+                pass
+
+            def answer_batch(self, conversations, max_tokens):
+                asked.extend(conversations)
+                by = {w: r["answer"] for r in single for w in [r["query"], *r["paraphrases"]]}
+                return [by[c["messages"][-1]["content"]] + ". [1]" for c in conversations]
+
+        monkeypatch.setattr(rag_task, "Engine", Knows)
+        assert reading_eval(BYTES, task, 30)(tiny) == metrics
+        assert len(asked) == 30 and all(len(c["messages"]) == 2 for c in asked)
+
+
+def test_reading_eval_runs_on_a_real_model_and_gives_shares(tiny, documents, rows):
+    single = [r for r in rows.values() if r["type"] == "single"]
+    task = RAGTask(single, documents, RAGMix(absent=0.5, min_docs=1, max_docs=1, counterfactual=0))
+    found = reading_eval(BYTES, task, 6, max_tokens=4)(tiny)
+    assert set(found) == {"f1", "em", "abstains"} and all(0 <= v <= 1 for v in found.values())
+
+
+def test_answer_loss_is_the_mean_over_what_the_assistant_says(tiny):
+    task = Letters("a", 3)
+    found = answer_loss(BYTES, task, "chat", n=2)(tiny)["chat_loss"]
+    nats, count = 0.0, 0
+    for i in range(2):
+        ids, mask = BYTES.render_conversation(task[i])
+        with torch.no_grad():
+            logprobs = tiny(torch.tensor([ids])).log_softmax(-1)[0]
+        for t in range(1, len(ids)):
+            if mask[t]:
+                nats, count = nats - logprobs[t - 1, ids[t]].item(), count + 1
+    assert found == pytest.approx(nats / count, rel=1e-2 if tiny.compute_dtype == torch.bfloat16 else 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Factbook and cloze
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_cloze_item_has_one_right_choice_that_its_context_does_not_tell(split, documents):
+    items = cloze_items(split, 300)
+    texts = "\n".join(d["content"] for d in documents.values() if d["split"] == split)
+    assert len(items) == 300
+    for item in items:
+        right = item["choices"][item["gold"]]
+        assert len(set(item["choices"])) == 4 and right not in item["context"]
+        told = f"{item['context']} {right}"
+        assert told in texts and not re.search(r"[.]\s*$", item["context"])
+        behind = texts[texts.index(told) + len(told) :][:2]
+        assert not re.match(r"\w|[.,]\d", behind), f"the answer is cut out of a longer one: {right}{behind}"
+    assert min(Counter(item["gold"] for item in items).values()) > 40  # 75 of 300 each, less five deviations
+    if split == "val":  # its file is small
+        assert items == cloze_items(split, 300) != cloze_items(split, 300, seed=1)
+
+
+def test_the_likelier_choice_is_chosen_and_length_is_no_advantage(tiny):
+    context, choices = "The capital of Peru is", ["Lima", "Quito and some more", "X"]
+    found = choice_scores(tiny, BYTES, context, choices)
+    for choice, score in zip(choices, found):  # one by one, without padding
+        prefix, tail = [BYTES.bos, *BYTES.encode(context)], BYTES.encode(" " + choice)
+        with torch.no_grad():
+            logprobs = tiny(torch.tensor([prefix + tail])).log_softmax(-1)[0]
+        alone = sum(logprobs[len(prefix) + k - 1, t].item() for k, t in enumerate(tail)) / len(tail)
+        assert score == pytest.approx(alone, rel=1e-2 if tiny.compute_dtype == torch.bfloat16 else 1e-4)
+    best = max(range(3), key=found.__getitem__)
+    items = [{"context": context, "choices": choices, "gold": g} for g in range(3)]
+    assert [multiple_choice(tiny, BYTES, [item]) for item in items] == [float(g == best) for g in range(3)]
+
+
+def test_closed_book_questions_and_chat_pairs_are_disjoint_between_splits():
+    train, val = FactbookQA("train"), FactbookQA("val")
+    assert not {r["country"] for r in train.rows} & {r["country"] for r in val.rows}
+    query, reply = (m["content"] for m in train[5]["messages"])
+    assert query in [train.rows[5]["query"], *train.rows[5]["paraphrases"]] and reply == train.rows[5]["answer"] + "."
+    chat = {split: [json.dumps(e) for e in ChatPairs(split).examples] for split in ("train", "val")}
+    assert len(chat["train"]) > 15 * len(chat["val"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "a", "query": "q?"}, "line 1: no field 'answer'"),
+        ({"id": "a", "query": 5, "answer": "x"}, "record 1: 'query' and 'answer' must be text"),
+        ({"id": "a", "query": "q?", "answer": 5}, "record 1: 'query' and 'answer'"),
+        ({"id": "a", "query": "q?", "answer": "x", "positive_ids": "d"}, "record 1: 'positive_ids' must be a list"),
+        ({"id": "a", "query": "q?", "answer": "x", "answers": "x"}, "record 1: 'answers' must be a list"),
+        ({"id": "a", "query": "q?", "answer": "x", "paraphrases": [1]}, "record 1: 'paraphrases' must be a list"),
+        ({"id": "a", "query": "q?", "answer": "x", "hops": "1"}, "record 1: 'hops' must be"),
+    ],
+)
+def test_malformed_questions_are_named_by_their_line(tmp_path, row, message):
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_queries(tmp_path / "q.jsonl")
+
+
+def test_a_question_needs_only_id_query_and_answer(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x"}')
+    [row] = load_queries(tmp_path / "q.jsonl")
+    assert (row["answers"], row["positive_ids"], row["hops"], row["type"]) == (["x"], [], 1, "single")
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no question"):
+        load_queries(tmp_path / "none.jsonl")
