@@ -26,6 +26,8 @@ VOCAB = 8192
 
 @dataclass
 class Config:
+    """Settings; each can be given as a flag."""
+
     depth: int = 6  # layers of our models; the peers get as many parameters
     batch: str = "1,8"  # batch sizes to measure, comma-separated
     prompt: int = 128  # tokens read before

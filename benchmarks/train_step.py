@@ -23,6 +23,8 @@ from nanochat.optim import build_optimizer
 
 @dataclass
 class Config:
+    """Settings; each can be given as a flag."""
+
     depth: int = 6  # layers
     batch: int = 8  # rows of a step
     length: int = 512  # tokens of a row

@@ -29,6 +29,8 @@ HELP = """/docs   the passages of the last answer in full
 
 @dataclass
 class Config:
+    """Settings; each can be given as a flag."""
+
     source: str = "rag"  # which stage's model: base, mid, sft, rag, ...
     model_tag: str | None = None  # which run of that stage; the newest if not given
     step: int | None = None  # which checkpoint of that run; the last if not given

@@ -224,15 +224,12 @@ def test_whole_numbers_do_for_floats_and_optional_fields_take_none(tmp_path):
     assert config == Config(rate=1.0, step=4) and isinstance(config.rate, float)
 
 
-numbers = st.one_of(st.integers(-(10**6), 10**6), st.floats(-1e6, 1e6))
+numbers = st.one_of(st.integers(-(10**6), 10**6), st.floats(-1e6, 1e6)).map(repr)
+terms = st.recursive(numbers, lambda s: st.tuples(s, st.sampled_from("+-*/"), s).map(lambda t: f"({''.join(t)})"))
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.recursive(
-        numbers.map(repr), lambda s: st.tuples(s, st.sampled_from("+-*/"), s).map("({0[0]}{0[1]}{0[2]})".format)
-    )
-)
+@given(terms)
 def test_arithmetic_gives_what_python_gives(tmp_path_factory, text):
     folder = tmp_path_factory.getbasetemp()
     file = folder / "arithmetic.py"

@@ -1,4 +1,4 @@
-"""Text sources: every format, stable validation splits, one clear line for what can't be read, epochs as permutations."""
+"""Text sources: every format, stable validation splits, one line for what can't be read, epochs as permutations."""
 
 import json
 from pathlib import Path

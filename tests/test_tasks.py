@@ -577,24 +577,24 @@ def tiny():
 
 def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkeypatch):
     single = [r for r in rows.values() if r["type"] == "single"][:100]
+    asked = []
+
+    class Knows:
+        """Answers the first question of each conversation as the passages say it, never abstaining."""
+
+        def __init__(self, model, tokenizer):
+            pass
+
+        def answer_batch(self, conversations, max_tokens):
+            asked.extend(conversations)
+            by = {w: r["answer"] for r in single for w in [r["query"], *r["paraphrases"]]}
+            return [by[c["messages"][-1]["content"]] + ". [1]" for c in conversations]
+
+    monkeypatch.setattr(rag_task, "Engine", Knows)
     for absent, metrics in ((0, {"f1": 1.0, "em": 1.0}), (1, {"abstains": 0.0})):
         task = RAGTask(single, documents, RAGMix(absent, counterfactual=0, follow_up=1, max_docs=2))
-        asked = []
-
-        class Knows:
-            """Answers the first question of each conversation as the passages say it, never abstaining."""
-
-            def __init__(self, model, tokenizer):
-                pass
-
-            def answer_batch(self, conversations, max_tokens):
-                asked.extend(conversations)
-                by = {w: r["answer"] for r in single for w in [r["query"], *r["paraphrases"]]}
-                return [by[c["messages"][-1]["content"]] + ". [1]" for c in conversations]
-
-        monkeypatch.setattr(rag_task, "Engine", Knows)
         assert reading_eval(BYTES, task, 30)(tiny) == metrics
-        assert len(asked) == 30 and all(len(c["messages"]) == 2 for c in asked)
+    assert len(asked) == 60 and all(len(c["messages"]) == 2 for c in asked)
 
 
 def test_reading_eval_runs_on_a_real_model_and_gives_shares(tiny, documents, rows):
