@@ -618,6 +618,11 @@ def test_answer_loss_is_the_mean_over_what_the_assistant_says(tiny):
     assert found == pytest.approx(nats / count, rel=1e-2 if tiny.compute_dtype == torch.bfloat16 else 1e-4)
 
 
+def test_a_conversation_longer_than_the_context_does_not_end_the_run_that_is_evaluated(tiny):
+    alone, beside = Letters("a", 1, [1]), Letters("a", 2, [1, 600])
+    assert answer_loss(BYTES, beside, "chat")(tiny) == answer_loss(BYTES, alone, "chat")(tiny)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Factbook and cloze
 
