@@ -24,8 +24,8 @@ smoke)
     tag=smoke retriever=bm25 n=40
     tok="--max_chars 3000000 --vocab_size 2048"
     common="--resume true --save_every 50 --device_batch_size 4"
-    base="--depth 3 --n_embd 128 --num_iterations 30 --sequence_len 256 --val_batches 2 --val_every 15"
-    mid="--num_iterations 20 --val_batches 2 --val_every 20 --sequence_len 384"
+    base="--depth 3 --n_embd 128 --num_iterations 30 --sequence_len 256 --val_batches 2 --eval_every 15"
+    mid="--num_iterations 20 --val_batches 2 --eval_every 20 --sequence_len 384"
     sft="--num_iterations 10 --sequence_len 256"
     rag="--num_iterations 20 --val_examples 10 --sequence_len 640 --device_batch_size 2"
     ;;

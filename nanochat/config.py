@@ -12,12 +12,10 @@ booleans take true/false. Parsing is simple-parsing's (argparse underneath); we 
         run(main, Config)
 """
 
-import argparse
 import ast
 import dataclasses
 import difflib
 import os
-import re
 import sys
 import types
 import typing
@@ -139,12 +137,16 @@ def parse(config_class: type, argv: Sequence[str] | None = None, description: st
 def _formatter() -> type:
     class Formatter(simple_parsing.help_formatter.SimpleHelpFormatter):
         def __init__(self, prog: str):
-            super().__init__(prog, max_help_position=34, width=min(120, int(os.environ.get("COLUMNS", 120))))
+            super().__init__(prog, max_help_position=34, width=min(120, int(os.environ.get("COLUMNS", "120"))))
 
-        def _expand_help(self, action: argparse.Action) -> str:
-            # "95 % of" in a comment is no format
-            action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
-            return super()._expand_help(action)
+        def _format_action_invocation(self, action) -> str:
+            """One spelling an option; simple-parsing would list --top_k, --top-k and --no… in random order."""
+            if not action.option_strings:
+                return super()._format_action_invocation(action)
+            name = f"--{action.dest.rpartition('.')[2]}"
+            shown = sorted(o for o in action.option_strings if not o.startswith("--")) if name != "--help" else ["-h"]
+            kind = getattr(action.type, "__name__", "") if action.nargs != 0 else ""
+            return ", ".join([*shown, name]) + (f" {action.metavar or kind}" if kind else "")
 
     return Formatter
 

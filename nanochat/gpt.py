@@ -291,7 +291,8 @@ class GPT(nn.Module):
         need = T + (start if isinstance(start, int) else int(start.max()))
         if self._rope is None or self._rope[0].size(0) < need or self._rope[0].device != x.device:
             n = max(need, 2 * self.config.sequence_len)
-            self._rope = rope_table(n, self.config.n_embd // self.config.n_head, self.config.rope_base, x.device)
+            with torch.inference_mode(False):  # a table first made while generating must serve training, too
+                self._rope = rope_table(n, self.config.n_embd // self.config.n_head, self.config.rope_base, x.device)
         return Positions(start, T, *self._rope, x.dtype)
 
 

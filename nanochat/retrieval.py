@@ -302,14 +302,14 @@ def load_retriever(path: str | Path, type: str) -> Retriever:
 
 
 class RetrievalManager:
-    """The one door to retrieval: opens a knowledge base with one of its retrievers.
+    """The one door to retrieval: opens a knowledge base with a retriever, by default the one it was built for.
 
     `knowledge_base` is another name for `knowledge_base_path`; `top_k` is what the methods take when not told.
     """
 
     def __init__(
         self,
-        retriever_type: str = "hybrid",
+        retriever_type: str = "",
         knowledge_base_path: str | Path | None = None,
         knowledge_base: str | Path | None = None,
         top_k: int = 5,
@@ -317,8 +317,9 @@ class RetrievalManager:
         path = knowledge_base_path or knowledge_base
         if not path:
             raise UserError("no knowledge base given; name a folder made by python -m nanochat.retrieval prepare_kb")
-        self.path, self.retriever_type, self.top_k = Path(path), retriever_type, top_k
-        self.retriever = load_retriever(path, retriever_type)
+        self.path, self.top_k = Path(path), top_k
+        self.retriever_type = retriever_type or kb_info(path)["type"]
+        self.retriever = load_retriever(path, self.retriever_type)
         self.documents = self.retriever.documents
 
     def retrieve(self, query: str, top_k: int | None = None) -> list[Document]:
@@ -397,8 +398,7 @@ def prepare_kb(config: PrepareConfig) -> None:
 
 def query(config: QueryConfig) -> None:
     _require(config, "knowledge_base", "query")
-    kind = config.retriever_type or kb_info(config.knowledge_base)["type"]
-    found = RetrievalManager(kind, config.knowledge_base).retrieve(config.query, config.top_k)
+    found = RetrievalManager(config.retriever_type, config.knowledge_base).retrieve(config.query, config.top_k)
     for n, doc in enumerate(found, 1):
         print0(f"{doc.score:.4f}  {document_text(doc, n)}\n")
     if not found:

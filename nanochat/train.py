@@ -60,7 +60,7 @@ class TrainConfig:
     warmdown_ratio: float = 0.4  # share of the run in which they fall linearly, at the end
     final_lr_frac: float = 0.0  # where they end, as a share of the full rate
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters (0: no clipping)
-    eval_every: int = 250  # steps between evaluations (0: only at the end)
+    eval_every: int = 100  # steps between validations (0: only at the end)
     save_every: int = 0  # steps between checkpoints (0: only at the end)
     keep_last: int = 1  # checkpoints to keep (0: all)
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one
@@ -209,13 +209,17 @@ def train(
             })  # fmt: skip
 
             # 3. Evaluate, save, stop
-            for e in evals:
-                if done or (e.every and now.step % e.every == 0):
-                    model.eval()
-                    found = {name: float(value) for name, value in e.fn(model).items()}
-                    model.train()
-                    now.metrics |= found
-                    log.eval(now.step, e.name, found)
+            try:
+                for e in evals:
+                    if done or (e.every and now.step % e.every == 0):
+                        model.eval()
+                        found = {name: float(value) for name, value in e.fn(model).items()}
+                        model.train()
+                        now.metrics |= found
+                        log.eval(now.step, e.name, found)
+            except Exception:  # whatever an evaluation trips over, the training so far is kept
+                save()
+                raise
             if done or stop or (config.save_every and now.step % config.save_every == 0):
                 now.metrics["loss"] = now.loss
                 saved = save()

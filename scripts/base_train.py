@@ -37,7 +37,7 @@ class Config(TrainConfig):
     drill_share: float = 0.1  # share of drills once the ladder is climbed
     drill_until: float = 0.4  # share of the run after which text takes over in any case (0: no drills at all)
     val_batches: int = 16  # validation batches
-    val_every: int = 100  # steps between validations
+    eval_every: int = 100  # steps between validations (0: only at the end)
 
 
 def main(config: Config) -> dict[str, float]:
@@ -64,7 +64,7 @@ def main(config: Config) -> dict[str, float]:
     loader = PackedLoader(mix, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
 
     # 3. Evaluations; the drills' one also decides what is trained on next
-    evals = [Eval("val", config.val_every, text_validation(config.data, tokenizer, config, config.val_batches))]
+    evals = [Eval("val", config.eval_every, text_validation(config.data, tokenizer, config, config.val_batches))]
     if config.drill_until:
         patience = math.ceil(config.drill_until * config.num_iterations / DRILL_EVERY)
         after = check_shares({"text": 1 - config.drill_share, "drill": config.drill_share})

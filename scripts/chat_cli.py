@@ -35,7 +35,7 @@ class Config:
     model_tag: str | None = None  # which run of that stage; the newest if not given
     step: int | None = None  # which checkpoint of that run; the last if not given
     knowledge_base: str = ""  # folder of a knowledge base; none: chat without documents
-    retriever_type: str = "bm25"  # simple, bm25, dense or hybrid; the knowledge base must have its index
+    retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # passages to retrieve for a question
     prompt: str | None = field(default=None, alias=["-p"])  # answer this question and exit
     system: str = ""  # a system message

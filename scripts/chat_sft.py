@@ -30,7 +30,7 @@ class Config(TrainConfig):
     conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
     reading_share: float = 0.35  # share of examples with a document
     facts_share: float = 0.15  # share of closed-book questions about training countries
-    val_every: int = 50  # steps between validations
+    eval_every: int = 50  # steps between validations (0: only at the end)
 
 
 def main(config: Config) -> dict[str, float]:
@@ -51,7 +51,7 @@ def main(config: Config) -> dict[str, float]:
         d.world_size,
     )
     loader = PackedLoader(mix, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
-    evals = [Eval("chat", config.val_every, answer_loss(tokenizer, ChatPairs("val"), "chat_val"))]
+    evals = [Eval("chat", config.eval_every, answer_loss(tokenizer, ChatPairs("val"), "chat_val"))]
     return train(
         model, loader, config, source="sft", tokenizer=tokenizer, evals=evals, dist_info=d,
         meta={"parent": meta["source"], "parent_step": meta["step"]},

@@ -35,7 +35,7 @@ class Config(TrainConfig):
     drill_share: float = 0.1  # drills,
     chat_share: float = 0.1  # chat pairs; the rest reads documents
     val_batches: int = 16  # validation batches
-    val_every: int = 100  # steps between validations
+    eval_every: int = 100  # steps between validations (0: only at the end)
 
 
 def main(config: Config) -> dict[str, float]:
@@ -69,9 +69,9 @@ def main(config: Config) -> dict[str, float]:
     # 3. Evaluations: text is not forgotten, copying is kept, reading is learned on countries never seen
     top = len(LADDER) - 1
     evals = [
-        Eval("val", config.val_every, text_validation(config.data, tokenizer, config, config.val_batches)),
-        Eval("drill", config.val_every, lambda m: {"copy": drill_accuracy(m, drills, "copy", top)}),
-        Eval("reading", config.val_every, reading_eval(tokenizer, unseen)),
+        Eval("val", config.eval_every, text_validation(config.data, tokenizer, config, config.val_batches)),
+        Eval("drill", config.eval_every, lambda m: {"copy": drill_accuracy(m, drills, "copy", top)}),
+        Eval("reading", config.eval_every, reading_eval(tokenizer, unseen)),
     ]
     return train(
         model, loader, config, source="mid", tokenizer=tokenizer, evals=evals, dist_info=d,

@@ -6,7 +6,7 @@ Every row asks questions of `--queries` in another setting:
 
     closed_book         no documents: what the weights know
     oracle              the gold document alone
-    oracle_distractors  the gold document among four that the retriever finds
+    oracle_distractors_p1 ... _pk   the gold document at position 1 ... k among what else the retriever finds
     retrieved           what the retriever finds in the whole knowledge base, whether the gold is there or not
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     unanswerable        questions the knowledge base has no answer to, with what the retriever finds: should abstain
@@ -22,6 +22,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat.checkpoint_manager import load_model, versions
 from nanochat.common import UserError, init_distributed, print0, write_json, write_jsonl
@@ -53,7 +54,7 @@ class Config:
     step: int = 0  # its step; 0: the last
     knowledge_base: str = ""  # folder of the knowledge base
     queries: str = ""  # questions: a .jsonl file
-    retriever_type: str = "hybrid"  # simple, bm25, dense or hybrid
+    retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     max_examples: int = 500  # questions a row
     seed: int = 0  # which questions
@@ -98,6 +99,10 @@ def main(config: Config) -> dict:
         """Retrieved documents that aren't gold and don't hold the answer about the same entity."""
         return [doc for doc in found[row["id"]] if doc.id not in row["positive_ids"] and not _holds(doc, row)]
 
+    def at_position(row: dict, p: int) -> list[Document]:
+        docs = without_answer(row)[: config.top_k - 1]
+        return docs[: p - 1] + gold(row)[:1] + docs[p - 1 :]
+
     def among(row: dict, golds: list[Document]) -> list[Document]:
         docs = golds + without_answer(row)[: config.top_k - len(golds)]
         return random.Random(row["id"]).sample(docs, len(docs))
@@ -105,7 +110,7 @@ def main(config: Config) -> dict:
     settings: dict[str, tuple[str, Callable[[dict], list[Document]]]] = {
         "closed_book": ("single", lambda r: []),
         "oracle": ("single", lambda r: gold(r)[:1]),
-        "oracle_distractors": ("single", lambda r: among(r, gold(r)[:1])),
+        **{f"oracle_distractors_p{p}": ("single", partial(at_position, p=p)) for p in range(1, config.top_k + 1)},
         "retrieved": ("single", lambda r: found[r["id"]][: config.top_k]),
         "distractors_only": ("single", lambda r: without_answer(r)[: config.top_k]),
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),

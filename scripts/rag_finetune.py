@@ -43,7 +43,7 @@ class Config(TrainConfig):
     counterfactual: float = 0.25  # share of examples with names and answers exchanged
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
-    val_every: int = 100  # steps between validations
+    eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
 
 
@@ -90,7 +90,7 @@ def main(config: Config) -> dict[str, float]:
     for name, absent in (("present", 0.0), ("missing", 1.0)):
         fixed = RAGMix(absent, counterfactual=0, follow_up=0, min_docs=config.top_k, max_docs=config.top_k)
         task = RAGTask(single, documents, fixed, val_found)
-        evals.append(Eval(name, config.val_every, reading_eval(tokenizer, task, config.val_examples)))
+        evals.append(Eval(name, config.eval_every, reading_eval(tokenizer, task, config.val_examples)))
     return train(
         model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
         meta={"parent": meta["source"], "parent_step": meta["step"], "knowledge_base": config.knowledge_base},

@@ -1,4 +1,5 @@
 """The Mamba-2 mixer against independent implementations: Hugging Face's, and the recurrence itself in fp64."""
+
 import os
 import subprocess
 import sys
@@ -71,8 +72,18 @@ def scan_inputs(b=2, T=50, H=4, P=8, G=2, N=8, dtype=torch.float32):
 @both_paths
 def test_mixer_equals_hugging_face_in_outputs_and_all_gradients(path, dtype, tolerance, groups):
     hf = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
-    config = hf.Mamba2Config(hidden_size=64, state_size=16, head_dim=16, num_heads=8, n_groups=groups, expand=2,
-                             chunk_size=16, num_hidden_layers=1, layer_norm_epsilon=1e-5, use_bias=False)
+    config = hf.Mamba2Config(
+        hidden_size=64,
+        state_size=16,
+        head_dim=16,
+        num_heads=8,
+        n_groups=groups,
+        expand=2,
+        chunk_size=16,
+        num_hidden_layers=1,
+        layer_norm_epsilon=1e-5,
+        use_bias=False,
+    )
     ours, theirs = make_mixer(ngroups=groups), hf.Mamba2Mixer(config, 0)
     theirs.load_state_dict(ours.state_dict())  # strict: same names, same shapes
     their_parameters, found = dict(theirs.named_parameters()), {}
@@ -157,7 +168,7 @@ def test_a_cloned_state_is_a_reusable_prefix(path):
         prefix = state.clone()
         first = mixer(u[:, 10:], state)
         for t in range(10, 15):
-            mixer(u[:, t:t + 1], prefix.clone())
+            mixer(u[:, t : t + 1], prefix.clone())
         again = mixer(u[:, 10:], prefix)
     assert torch.equal(first, again)
 
@@ -226,8 +237,10 @@ def test_fused_gradients_do_not_depend_on_threads_or_block_size(monkeypatch):
 
 
 def test_without_a_compiler_the_torch_path_serves(tmp_path):
-    code = ("import torch; from nanochat.blocks import fused; from nanochat.blocks.mamba import Mamba2\n"
-            "assert fused.library() is None; print(Mamba2(64, headdim=16)(torch.randn(1, 5, 64)).shape)")
+    code = (
+        "import torch; from nanochat.blocks import fused; from nanochat.blocks.mamba import Mamba2\n"
+        "assert fused.library() is None; print(Mamba2(64, headdim=16)(torch.randn(1, 5, 64)).shape)"
+    )
     env = os.environ | {"CXX": str(tmp_path / "no-such-compiler"), "NANOCHAT_BASE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "[1, 5, 64]" in run.stdout, run.stderr
@@ -256,8 +269,16 @@ def test_initialisation_follows_the_paper():
 
 
 def kernel_stand_ins(calls: list) -> SimpleNamespace:
-    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                         final_states_out=None, activation=None):
+    def causal_conv1d_fn(
+        x,
+        weight,
+        bias=None,
+        seq_idx=None,
+        initial_states=None,
+        return_final_states=False,
+        final_states_out=None,
+        activation=None,
+    ):
         calls.append("conv")
         b, dim, _ = x.shape
         assert weight.shape == (dim, 4) and bias.dtype == weight.dtype and activation == "silu"
@@ -268,17 +289,33 @@ def kernel_stand_ins(calls: list) -> SimpleNamespace:
             initial_states = initial_states.transpose(1, 2)
         return causal_conv(x.transpose(1, 2), weight, bias, initial_states).transpose(1, 2)
 
-    def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None,
-                             conv_state_indices=None):
+    def causal_conv1d_update(
+        x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+    ):
         calls.append("conv_update")
         assert x.dim() == 2 and conv_state.shape == (*x.shape, 3) and conv_state.dtype == x.dtype
         out = causal_conv(x[:, None], weight, bias, conv_state.transpose(1, 2))[:, 0]
         conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], -1))
         return out
 
-    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
-                                  seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")),
-                                  return_final_states=False, return_varlen_states=False):
+    def mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        z=None,
+        dt_bias=None,
+        initial_states=None,
+        seq_idx=None,
+        cu_seqlens=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+        return_varlen_states=False,
+    ):
         calls.append("scan")
         (b, T, H, P), (G, N) = x.shape, B.shape[2:]
         assert dt.shape == (b, T, H) and A.shape == (H,) and B.shape == C.shape == (b, T, G, N) and D.shape == (H,)
@@ -315,4 +352,6 @@ def test_cuda_kernels_are_called_as_their_signatures_demand(monkeypatch, dtype, 
         parts = [mixer(part, state) for part in u.split([2, 1, 20, 1, 1, 15], 1)]
     assert error(torch.cat(parts, 1), want) < tolerance
     assert calls[2:] == ["conv", "scan", "conv_update", "step", "conv", "scan"] + ["conv_update", "step"] * 2 + [
-        "conv", "scan"]
+        "conv",
+        "scan",
+    ]

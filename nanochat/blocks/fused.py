@@ -10,6 +10,7 @@ The backward is written by hand. In bf16 its gradients are as accurate as autogr
 sums the same products in fp32: the rows and columns of E = dM * M then cancel exactly, which they don't if one of the
 two sums is taken from y . dy instead.
 """
+
 import ctypes
 import hashlib
 import os
@@ -29,8 +30,17 @@ from nanochat.blocks.ssd import TINY
 from nanochat.common import get_base_dir
 
 SOURCE = Path(__file__).with_name("fused.cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-         "-fno-signed-zeros", "-ffinite-math-only"]  # the last two let min and max compile to one instruction
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-ffinite-math-only",
+]  # the last two let min and max compile to one instruction
 BLOCK = 512 * 768  # elements of x handled at a time: with a few temporaries, about what an L2 cache holds in bf16
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
@@ -56,8 +66,12 @@ def library() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
                 built = Path(tmp) / "fused.so"
                 head, libs = [f for f in flags if f.startswith("-")], [f for f in flags if not f.startswith("-")]
-                subprocess.run([compiler, *head, str(SOURCE), "-o", str(built), *libs], check=True,
-                               capture_output=True, timeout=300)
+                subprocess.run(
+                    [compiler, *head, str(SOURCE), "-o", str(built), *libs],
+                    check=True,
+                    capture_output=True,
+                    timeout=300,
+                )
                 os.replace(built, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
@@ -77,18 +91,38 @@ def _run(name: str, dtype: torch.dtype, *args) -> None:
     """Call a kernel: tensors go as pointers, integers as long, floats as double, None as a null pointer."""
     library().set_threads(torch.get_num_threads())
     convert = {int: ctypes.c_long, float: ctypes.c_double, type(None): ctypes.c_void_p}
-    getattr(library(), name + SUFFIX[dtype])(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
-                                               else convert[type(a)](a) for a in args))
+    getattr(library(), name + SUFFIX[dtype])(
+        *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else convert[type(a)](a) for a in args)
+    )
 
 
 def available(u: Tensor, ngroups: int, d_conv: int) -> bool:
     """Whether `mixer` can stand in for ssd.py's path on this input."""
-    return (u.device.type == "cpu" and u.dtype in SUFFIX and ngroups == 1 and d_conv == 4
-            and not torch.compiler.is_compiling() and library() is not None)
+    return (
+        u.device.type == "cpu"
+        and u.dtype in SUFFIX
+        and ngroups == 1
+        and d_conv == 4
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
 
 
-def mixer(zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-          norm_weight: Tensor, eps: float, P: int, N: int, Q: int, past: Tensor | None = None, S: Tensor | None = None):
+def mixer(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    P: int,
+    N: int,
+    Q: int,
+    past: Tensor | None = None,
+    S: Tensor | None = None,
+):
     """in_proj's output (b, T, 2 E + 2 N + H) -> out_proj's input (b, T, E), and with a state also the new S.
 
     past (b, 3, conv_dim) and S (b, H, P, N) fp32 are the state before the sequence; gradients don't reach them.
@@ -116,7 +150,7 @@ class _Mixer(torch.autograd.Function):
         xbc = zx.new_empty(b, Tp, C)
         _run("conv_fwd", kind, zx.view(-1)[E:], ld, w4, bias, past, xbc, b, T, Tp, C)
         # Per-token scalars, fp32: small, so plain torch.
-        raw = zx[..., E + C:].float() + dt_bias.float()
+        raw = zx[..., E + C :].float() + dt_bias.float()
         dt, A = F.softplus(raw), -A_log.float().exp()
         dt = F.pad(dt, (0, 0, 0, Tp - T)).view(b, c, Q, H).transpose(2, 3).contiguous()  # (b, c, H, Q)
         cs = (dt * A.view(H, 1)).cumsum(-1)
@@ -140,8 +174,29 @@ class _Mixer(torch.autograd.Function):
             # Carry the state, add what earlier chunks left behind, gate and normalise.
             _run("carry_fwd", kind, added, decay[i, k], S[i], S_in[i, k], 1, n, H, N, P)
             torch.bmm(Cm, S_in[i, k], out=y_in[i, k])
-            _run("out_fwd", kind, yd, y_in[i, k], from_start[i, k], x, C, skip, zx[i, t:], ld, nw, eps, y[i, t:],
-                 rstd[i, t:], out[i, t:], 1, n, T - t, H, Q, P)
+            _run(
+                "out_fwd",
+                kind,
+                yd,
+                y_in[i, k],
+                from_start[i, k],
+                x,
+                C,
+                skip,
+                zx[i, t:],
+                ld,
+                nw,
+                eps,
+                y[i, t:],
+                rstd[i, t:],
+                out[i, t:],
+                1,
+                n,
+                T - t,
+                H,
+                Q,
+                P,
+            )
         S = S.permute(0, 2, 3, 1).contiguous()
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
@@ -171,8 +226,32 @@ class _Mixer(torch.autograd.Function):
             x, B, Cm = x_all[i, k], B_all[i, k], C_all[i, k]
             # Gate, norm and skip.
             dyp, z1 = zx.new_empty(n * H, Q, P), zx.new_empty(n, Q, E)
-            _run("out_bwd", kind, dout[i, t:], y[i, t:], zx[i, t:], ld, nw, rstd[i, t:], x, C, y_in[i, k],
-                 from_start[i, k], dzx[i, t:], dyp, z1, d_from[i, k], dD[i, k], dnw[i, k], 1, n, T - t, H, Q, P)
+            _run(
+                "out_bwd",
+                kind,
+                dout[i, t:],
+                y[i, t:],
+                zx[i, t:],
+                ld,
+                nw,
+                rstd[i, t:],
+                x,
+                C,
+                y_in[i, k],
+                from_start[i, k],
+                dzx[i, t:],
+                dyp,
+                z1,
+                d_from[i, k],
+                dD[i, k],
+                dnw[i, k],
+                1,
+                n,
+                T - t,
+                H,
+                Q,
+                P,
+            )
             # Inside the chunks.
             xp, xd, dCB = zx.new_empty(n * H, Q, P), zx.new_empty(n, Q, E), zx.new_empty(n, Q, Q)
             _run("chunk_fwd", kind, x, C, CB[i, k], cs[i, k], w[i, k], to_end[i, k], None, xp, xd, n, H, Q, P)
@@ -195,17 +274,35 @@ class _Mixer(torch.autograd.Function):
         ddt = da * A.view(H, 1) + torch.where(dt > TINY, (cols + d_to) / dt, 0.0)
         dA_log = (da * dt).sum((0, 1, 3)) * A
         draw = ddt.transpose(2, 3).reshape(b, Tp, H)[:, :T] * raw.sigmoid()
-        dzx[..., E + C:] = draw
+        dzx[..., E + C :] = draw
         # Convolution.
         dw, dbias = torch.empty(b, 4, C), torch.empty(b, C)
         _run("conv_bwd", kind, dxbc, zx.view(-1)[E:], ld, w4, bias, dzx.view(-1)[E:], dw, dbias, b, T, Tp, C)
-        grads = (dw.sum(0).t().reshape(C, 1, 4), dbias.sum(0), draw.sum((0, 1)), dA_log, dD.sum((0, 1, 3)),
-                 dnw.sum((0, 1)))
+        grads = (
+            dw.sum(0).t().reshape(C, 1, 4),
+            dbias.sum(0),
+            draw.sum((0, 1)),
+            dA_log,
+            dD.sum((0, 1, 3)),
+            dnw.sum((0, 1)),
+        )
         return (dzx, *(g.to(d) for g, d in zip(grads, ctx.dtypes)), None, None, None)
 
 
-def step(zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-         norm_weight: Tensor, eps: float, P: int, N: int, past: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def step(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    P: int,
+    N: int,
+    past: Tensor,
+    S: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`mixer` for one token, zxbcdt (b, 2 E + 2 N + H): returns out (b, E), past and S, the latter two overwritten.
 
     One call instead of some thirty operations, each of which costs more than its arithmetic at batch 1. No gradients.

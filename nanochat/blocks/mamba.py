@@ -130,8 +130,19 @@ class Mamba2(nn.Module):
         zxbcdt = self.in_proj(u.squeeze(1))
         if not torch.is_grad_enabled() and fused.available(u, self.ngroups, self.d_conv):
             y, past, state.ssm = fused.step(
-                zxbcdt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
-                self.norm.eps, self.headdim, self.d_state, state.conv.transpose(1, 2), state.ssm)
+                zxbcdt,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.norm.weight,
+                self.norm.eps,
+                self.headdim,
+                self.d_state,
+                state.conv.transpose(1, 2),
+                state.ssm,
+            )
             state.conv = past.transpose(1, 2)
             return self.out_proj(y).unsqueeze(1)
         z, xBC, dt = zxbcdt.split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
@@ -167,9 +178,22 @@ class Mamba2(nn.Module):
         past = S = None
         if state is not None:
             past, S = state.conv.transpose(1, 2), state.ssm
-            self._remember(zxbcdt[..., self.d_inner:self.d_inner + self.conv_dim], state)
-        y, S = fused.mixer(zxbcdt, self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D,
-                           self.norm.weight, self.norm.eps, self.headdim, self.d_state, self.chunk_size, past, S)
+            self._remember(zxbcdt[..., self.d_inner : self.d_inner + self.conv_dim], state)
+        y, S = fused.mixer(
+            zxbcdt,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            self.norm.eps,
+            self.headdim,
+            self.d_state,
+            self.chunk_size,
+            past,
+            S,
+        )
         if state is not None:
             state.ssm = S
         return y
@@ -188,26 +212,46 @@ class Mamba2(nn.Module):
         if state is not None:
             past, S = state.conv.transpose(1, 2).contiguous().transpose(1, 2).to(xBC.dtype), state.ssm
             self._remember(xBC, state)
-        xBC = kernels.causal_conv1d_fn(xBC.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias,
-                                       initial_states=past, activation="silu").transpose(1, 2)
+        xBC = kernels.causal_conv1d_fn(
+            xBC.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_states=past, activation="silu"
+        ).transpose(1, 2)
         x, B, C = self._heads(xBC)
         y = kernels.mamba_chunk_scan_combined(
-            x, dt, -self.A_log.float().exp(), B, C, chunk_size=KERNEL_CHUNK, D=self.D, dt_bias=self.dt_bias,
-            dt_softplus=True, initial_states=S, return_final_states=state is not None)
+            x,
+            dt,
+            -self.A_log.float().exp(),
+            B,
+            C,
+            chunk_size=KERNEL_CHUNK,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_states=S,
+            return_final_states=state is not None,
+        )
         if state is not None:
             y, state.ssm = y[0], y[1].float()
         return y
 
     def _step_kernels(self, xBC: Tensor, dt: Tensor, state: MambaState) -> Tensor:
         kernels = _kernels()
-        xBC = kernels.causal_conv1d_update(xBC.contiguous(), state.conv, self.conv1d.weight.squeeze(1),
-                                           self.conv1d.bias, "silu")  # shifts state.conv in place
+        xBC = kernels.causal_conv1d_update(
+            xBC.contiguous(), state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
+        )  # shifts state.conv in place
         x, B, C = self._heads(xBC)
         H, P, N = self.nheads, self.headdim, self.d_state
         # Scalars per head go in as stride-0 views: the kernel then reads one number instead of P (or P N) of them.
         return kernels.selective_state_update(
-            state.ssm, x, dt.unsqueeze(-1).expand(-1, H, P), (-self.A_log.float().exp()).view(H, 1, 1).expand(H, P, N),
-            B, C, D=self.D.view(H, 1).expand(H, P), dt_bias=self.dt_bias.view(H, 1).expand(H, P), dt_softplus=True)
+            state.ssm,
+            x,
+            dt.unsqueeze(-1).expand(-1, H, P),
+            (-self.A_log.float().exp()).view(H, 1, 1).expand(H, P, N),
+            B,
+            C,
+            D=self.D.view(H, 1).expand(H, P),
+            dt_bias=self.dt_bias.view(H, 1).expand(H, P),
+            dt_softplus=True,
+        )
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(b, [T,] conv_dim) -> x (b, [T,] H, P), B and C (b, [T,] G, N)."""
@@ -244,5 +288,8 @@ def _kernels() -> SimpleNamespace | None:
     except ImportError:
         return None
     return SimpleNamespace(
-        causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update,
-        selective_state_update=selective_state_update, mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+        causal_conv1d_fn=causal_conv1d_fn,
+        causal_conv1d_update=causal_conv1d_update,
+        selective_state_update=selective_state_update,
+        mamba_chunk_scan_combined=mamba_chunk_scan_combined,
+    )
