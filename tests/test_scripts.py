@@ -63,7 +63,7 @@ def world(tmp_path_factory):
         # 2. Pretraining: no drills but a few, so that the loss is that of text
         w.found["base_train"] = base_train.main(configure(
             base_train, depth=2, block_pattern="MT", n_embd=64, sequence_len=128, data=w.text, num_iterations=25,
-            drill_until=0.05, val_batches=2, eeval_every=0,
+            drill_until=0.05, val_batches=2, eval_every=0,
         ))  # fmt: skip
         w.found["base_eval"] = base_eval.main(base_eval.Config(
             data=w.text, val_batches=2, device_batch_size=2, max_examples=10, device="cpu",
@@ -75,9 +75,9 @@ def world(tmp_path_factory):
         (home / "mine.jsonl").write_text("".join(json.dumps(c) + "\n" for c in mine))
         w.found["mid_train"] = mid_train.main(configure(
             mid_train, sequence_len=384, data=w.text, conversations=str(home / "mine.jsonl"), num_iterations=6,
-            val_batches=2, eeval_every=0,
+            val_batches=2, eval_every=0,
         ))  # fmt: skip
-        w.found["chat_sft"] = chat_sft.main(configure(chat_sft, sequence_len=384, num_iterations=24, eeval_every=0))
+        w.found["chat_sft"] = chat_sft.main(configure(chat_sft, sequence_len=384, num_iterations=24, eval_every=0))
         w.found["chat_eval"] = chat_eval.main(chat_eval.Config(
             max_examples=4, batch_size=4, show=1, device="cpu", output=str(home / "chat_eval.json"),
         ))  # fmt: skip
@@ -85,7 +85,7 @@ def world(tmp_path_factory):
         prepare_rag_dataset.main(prepare_rag_dataset.Config(mode="example", output=str(home / "rag"), type="bm25"))
         w.found["rag_finetune"] = rag_finetune.main(configure(
             rag_finetune, knowledge_base=w.kb, block_pattern="M,T", retriever_type="bm25", top_k=3, sequence_len=384,
-            num_iterations=12, eeval_every=0, val_examples=3,
+            num_iterations=12, eval_every=0, val_examples=3,
         ))  # fmt: skip
         w.found["rag_eval"] = rag_eval.main(rag_eval.Config(
             knowledge_base=w.kb, queries=w.queries + "/test.jsonl", retriever_type="bm25", top_k=3, max_examples=3,
@@ -216,7 +216,7 @@ def test_the_chat_answers_one_question_and_says_what_it_read(world, capsys):
 
 def test_training_goes_on_where_it_stopped(world):
     """A run of 8 steps in two parts has the losses of one that went through."""
-    options = {"depth": 1, "block_pattern": "M", "n_embd": 32, "sequence_len": 64, "data": world.text, "eeval_every": 0,
+    options = {"depth": 1, "block_pattern": "M", "n_embd": 32, "sequence_len": 64, "data": world.text, "eval_every": 0,
                "val_batches": 1, "drill_until": 0.0, "num_iterations": 8}  # fmt: skip
     base_train.main(configure(base_train, model_tag="whole", save_every=4, keep_last=0, **options))
     part = world.base / "checkpoints" / "base" / "part"
