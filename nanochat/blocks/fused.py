@@ -12,88 +12,27 @@ two sums is taken from y . dy instead.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.blocks import kernels
+from nanochat.blocks.kernels import SUFFIX
 from nanochat.blocks.ssd import TINY
-from nanochat.common import get_base_dir
 
-SOURCE = Path(__file__).with_name("fused.cpp")
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fPIC",
-    "-shared",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-ffinite-math-only",
-]  # the last two let min and max compile to one instruction
+# the added two let min and max compile to one instruction
+FLAGS = (*kernels.FLAGS, "-fno-signed-zeros", "-ffinite-math-only")
 BLOCK = 512 * 768  # elements of x handled at a time: with a few temporaries, about what an L2 cache holds in bf16
-SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
-@cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they can't be had. Never raises: the fallback is always right."""
-    if os.environ.get("NANOCHAT_FUSED", "1") == "0":
-        return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        return None
-    flags = list(FLAGS)
-    # torch brings its own OpenMP runtime; a second one in the process would fight it for the cores.
-    gomp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    if gomp and "g++" in Path(compiler).name and "clang" not in Path(compiler).name:
-        flags += ["-fopenmp", "-mprefer-vector-width=512", str(gomp[0])]
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, flags, _cpu(), sys.platform)).encode()).hexdigest()[:16]
-    try:
-        path = get_base_dir() / "kernels" / f"fused_{key}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-                built = Path(tmp) / "fused.so"
-                head, libs = [f for f in flags if f.startswith("-")], [f for f in flags if not f.startswith("-")]
-                subprocess.run(
-                    [compiler, *head, str(SOURCE), "-o", str(built), *libs],
-                    check=True,
-                    capture_output=True,
-                    timeout=300,
-                )
-                os.replace(built, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu() -> str:
-    """What -march=native depends on: a base directory may be shared by different machines."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line for line in f if line.startswith("flags")), "")
-    except OSError:
-        return platform.processor()
+    """The compiled kernels, or None where they can't be had."""
+    return kernels.load("fused.cpp", FLAGS)
 
 
 def _run(name: str, dtype: torch.dtype, *args) -> None:
-    """Call a kernel: tensors go as pointers, integers as long, floats as double, None as a null pointer."""
-    library().set_threads(torch.get_num_threads())
-    convert = {int: ctypes.c_long, float: ctypes.c_double, type(None): ctypes.c_void_p}
-    getattr(library(), name + SUFFIX[dtype])(
-        *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else convert[type(a)](a) for a in args)
-    )
+    kernels.run(library(), name, dtype, *args)
 
 
 def available(u: Tensor, ngroups: int, d_conv: int) -> bool:

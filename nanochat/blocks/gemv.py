@@ -10,22 +10,14 @@ machine without a C++ compiler, goes through PyTorch and gets the same numbers.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from nanochat.blocks.fused import _cpu
-from nanochat.common import Linear, get_base_dir
+from nanochat.blocks import kernels
+from nanochat.common import Linear
 
-SOURCE = Path(__file__).with_name("gemv.cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 MAX_ROWS = 4  # of a token each: beyond, PyTorch is no slower (attention, 8 rows, context 450: 1.5 ms here, 1.2 there)
 EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes when not told, in fp32 and in bf16
 P, L, F, I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -38,31 +30,14 @@ SIGNATURES = {
 
 @cache
 def library() -> dict[tuple[str, torch.dtype], ctypes._CFuncPtr] | None:
-    """The compiled functions by name and dtype, or None where they can't be had; kept in the base directory."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("NANOCHAT_FUSED", "1") == "0" or not compiler:
-        return None
-    # torch brings its own OpenMP runtime; a second one in the process would fight it for the cores
-    gomp = sorted(str(p) for p in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    own = bool(gomp) and "g++" in Path(compiler).name and "clang" not in Path(compiler).name
-    flags = [*FLAGS, "-mprefer-vector-width=512", "-fopenmp"] if own else [*FLAGS, "-fopenmp-simd"]
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, flags, gomp, _cpu())).encode()).hexdigest()[:16]
-    try:
-        path = get_base_dir() / "kernels" / f"gemv_{key}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-                built = Path(tmp) / "gemv.so"
-                command = [compiler, *flags, str(SOURCE), "-o", str(built), *(gomp[:1] if own else [])]
-                subprocess.run(command, check=True, capture_output=True, timeout=300)
-                os.replace(built, path)
-        lib = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    """The compiled functions by name and dtype, or None where they can't be had."""
+    lib = kernels.load("gemv.cpp")
+    if lib is None:
         return None
     functions = {}
     for name, types in SIGNATURES.items():
-        for dtype, suffix in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
-            f = getattr(lib, f"{name}_{suffix}")
+        for dtype, suffix in kernels.SUFFIX.items():
+            f = getattr(lib, name + suffix)
             f.argtypes, f.restype = types, None
             functions[name, dtype] = f
     return functions
