@@ -33,8 +33,8 @@ cpu)
     tag=cpu retriever=hybrid n=500
     tok=""
     common="--resume true --save_every 100"
-    base="--depth 6 --num_iterations 900"
-    mid="--num_iterations 500"
+    base="--depth 6 --n_embd 256 --num_iterations 500 --drill_until 0.7 --warmdown_ratio 0.3"
+    mid="--num_iterations 600 --text_share 0.15 --drill_share 0.05 --chat_share 0.05 --warmdown_ratio 0.3"
     sft="--num_iterations 60"
     rag="--num_iterations 500 --sequence_len 768"
     ;;

@@ -1,4 +1,4 @@
-"""Which backbone learns text fastest: gpt, mamba and hybrid at equal parameters and tokens, by validation bits per byte.
+"""Which backbone learns text fastest: gpt, mamba and hybrid at equal parameters and tokens, in bits per byte.
 
     python -m benchmarks.patterns --num_iterations 150 --output patterns.json
 

@@ -13,6 +13,7 @@ Symbols: B rows, T tokens, H heads, D head size, R queries of a block, L keys it
 """
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,40 +54,67 @@ class _Attention(torch.autograd.Function):
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         D, kind = C // H, qkv.dtype
-        q, k, v = (qkv.new_empty(B, H, T, D) for _ in range(3))
-        rstd, lse = torch.empty(B, T, 2 * H), torch.empty(B, H, T)
-        _run("split_fwd", kind, qkv, cos, sin, EPS, D**-0.5, q, k, v, rstd, B, T, H, D)
-        out = qkv.new_empty(B, T, H, D)
-        for b in range(B):
-            for t in _blocks(T, H):
-                P = torch.bmm(q[b, :, t], k[b, :, : t.stop].mT)  # (H, R, L)
-                _run("softmax_fwd", kind, P, lse[b, :, t], H, t.stop - t.start, t.stop, t.start, T)
-                torch.bmm(P, v[b, :, : t.stop], out=out[b, t].transpose(0, 1))
+        own = kind is torch.bfloat16 and D == 64 and _amx()
+        Tp = -(-T // 64) * 64 if own else T  # whole tiles
+        q, k, v = (qkv.new_empty(B, H, Tp, D) for _ in range(3))
+        for x in (q, k, v):
+            x[:, :, T:].zero_()
+        rstd, lse, out = torch.empty(B, T, 2 * H), torch.empty(B, H, Tp), qkv.new_empty(B, T, H, D)
+        _run("split_fwd", kind, qkv, cos, sin, EPS, D**-0.5, q, k, v, rstd, B, T, Tp, H, D)
+        if own:
+            _run("amx_fwd", kind, q, k, v, out, lse, B, H, T, Tp)
+        else:
+            _forward(q, k, v, lse, out)
         ctx.save_for_backward(q, k, v, rstd, lse, cos, sin)
+        ctx.own = own
         return out.view(B, T, C)
 
     @staticmethod
     def backward(ctx, g):
         q, k, v, rstd, lse, cos, sin = ctx.saved_tensors
-        (B, H, T, D), kind = q.shape, q.dtype
-        g = g.view(B, T, H, D).transpose(1, 2).contiguous()
+        (B, H, Tp, D), T, kind = q.shape, rstd.size(1), q.dtype
         dq, dk, dv = (torch.empty_like(q) for _ in range(3))
-        for b in range(B):
-            for t in reversed(_blocks(T, H)):
-                L, keys = t.stop, slice(0, t.stop)
-                P = torch.bmm(q[b, :, t], k[b, :, keys].mT)  # (H, R, L), as are the others
-                dS = torch.bmm(g[b, :, t], v[b, :, keys].mT)
-                _run("softmax_bwd", kind, P, dS, lse[b, :, t], H, L - t.start, L, t.start, T)
-                torch.bmm(dS, k[b, :, keys], out=dq[b, :, t])
-                if L == T:  # the last block sees every key
-                    torch.bmm(dS.mT, q[b, :, t], out=dk[b])
-                    torch.bmm(P.mT, g[b, :, t], out=dv[b])
-                else:
-                    dk[b, :, keys].baddbmm_(dS.mT, q[b, :, t])
-                    dv[b, :, keys].baddbmm_(P.mT, g[b, :, t])
+        if ctx.own:
+            _run("amx_bwd", kind, g.contiguous(), q, k, v, lse, dq, dk, dv, B, H, T, Tp)
+        else:
+            _backward(g.view(B, T, H, D).transpose(1, 2).contiguous(), q, k, v, lse, dq, dk, dv)
         dqkv = q.new_empty(B, T, 3 * H * D)
-        _run("split_bwd", kind, dq, dk, dv, q, k, rstd, cos, sin, D**-0.5, dqkv, B, T, H, D)
+        _run("split_bwd", kind, dq, dk, dv, q, k, rstd, cos, sin, D**-0.5, dqkv, B, T, Tp, H, D)
         return dqkv, None, None, None
+
+
+@cache
+def _amx() -> bool:
+    """Whether this machine has matrix units that attention.cpp can drive itself."""
+    return bool(library().amx())
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor) -> None:
+    """q, k, v (B, H, T, D) -> lse (B, H, T), out (B, T, H, D)."""
+    B, H, T, _ = q.shape
+    for b in range(B):
+        for t in _blocks(T, H):
+            P = torch.bmm(q[b, :, t], k[b, :, : t.stop].mT)  # (H, R, L)
+            _run("softmax_fwd", q.dtype, P, lse[b, :, t], H, t.stop - t.start, t.stop, t.start, T)
+            torch.bmm(P, v[b, :, : t.stop], out=out[b, t].transpose(0, 1))
+
+
+def _backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Gradient g (B, H, T, D) of the output -> dq, dk, dv."""
+    B, H, T, _ = q.shape
+    for b in range(B):
+        for t in reversed(_blocks(T, H)):
+            L, keys = t.stop, slice(0, t.stop)
+            P = torch.bmm(q[b, :, t], k[b, :, keys].mT)  # (H, R, L), as are the others
+            dS = torch.bmm(g[b, :, t], v[b, :, keys].mT)
+            _run("softmax_bwd", q.dtype, P, dS, lse[b, :, t], H, L - t.start, L, t.start, T)
+            torch.bmm(dS, k[b, :, keys], out=dq[b, :, t])
+            if L == T:  # the last block sees every key
+                torch.bmm(dS.mT, q[b, :, t], out=dk[b])
+                torch.bmm(P.mT, g[b, :, t], out=dv[b])
+            else:
+                dk[b, :, keys].baddbmm_(dS.mT, q[b, :, t])
+                dv[b, :, keys].baddbmm_(P.mT, g[b, :, t])
 
 
 def _blocks(T: int, H: int) -> list[slice]:
