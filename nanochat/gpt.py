@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.blocks import attention
 from nanochat.blocks.mamba import MambaBlock
 from nanochat.blocks.transformer import KVState, Positions, TransformerBlock, norm, rope_table
 from nanochat.common import Linear, UserError, parse_pattern
@@ -317,6 +318,11 @@ class _HeadLoss(torch.autograd.Function):
             logits = h @ w.t()
             if not need:
                 total += F.cross_entropy(logits.float(), t, reduction="sum")
+                continue
+            if attention.usable(logits):
+                total += attention.cross_entropy_(logits, t).sum()
+                dh[i : i + _HeadLoss.CHUNK] = logits @ w
+                dw += logits.t() @ h
                 continue
             # One softmax in the compute dtype (fp32 inside) costs a quarter of the same steps in fp32. What it rounds
             # away matters only where p(target) is near 1, so 1 - p(target) is summed from the others instead.

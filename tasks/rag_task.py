@@ -98,6 +98,8 @@ class RAGTask(Task):
             turns = self._counterfactual(questions, shown, turns, rng)
 
         docs = [{k: d[k] for k in ("id", "title", "content", "source") if k in d} for d in shown]
+        for n, doc in enumerate(docs, 1):  # if the context is too long, what no answer needs goes first
+            doc["score"] = float(any(n in cited for _, _, cited in turns))
         messages: list[dict] = [{"role": "retrieval", "query": turns[0][0], "documents": docs}]
         for query, answer, cited in turns:
             content = answer if answer == ABSTENTION else f"{answer}. " + "".join(f"[{c}]" for c in cited)

@@ -146,8 +146,9 @@ class _MLP(torch.autograd.Function):
         shape, g = g.shape, g.reshape(x.shape).contiguous()
         y, dh = torch.empty_like(h), g @ wd
         _run("relu2_bwd", h.dtype, h, dh, y, dh, h.numel())
-        dup, ddown = (_transposed(a) @ b for a, b in ((dh, x), (g, y)))
-        return (dh @ wu).view(shape), dup.to(ctx.dtypes[0]), ddown.to(ctx.dtypes[1])
+        dup = (_transposed(dh) @ x).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        ddown = (_transposed(g) @ y).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return (dh @ wu).view(shape), dup, ddown
 
 
 def _transposed(x: Tensor) -> Tensor:

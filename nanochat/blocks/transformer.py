@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.blocks import fused, gemv
+from nanochat.blocks import attention, fused, gemv
 from nanochat.common import Linear
 
 
@@ -85,6 +85,8 @@ class Attention(nn.Module):
         if T == 1 and state is not None and state.fits(x) and gemv.usable(x):
             state.reserve(pos.end)
             return self.out(gemv.attend(qkv, pos.cos, pos.sin, state.k, state.v, pos.start, self.n_head))
+        if state is None and attention.usable(qkv) and self.n_head == self.n_kv_head:
+            return self.out(attention.attend(qkv, pos.cos, pos.sin, self.n_head))
         qkv = qkv.view(B, T, -1, self.head_dim)
         qk, v = qkv.transpose(1, 2).split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)  # (B, heads, T, D)
         qk = norm(rotate(qk, pos.cos, pos.sin))  # both at once: half the operations, which is what decoding costs
@@ -126,6 +128,8 @@ class MLP(nn.Module):
         self.down = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > gemv.MAX_ROWS * x.size(-1) and attention.usable(x):
+            return attention.mlp(x, self.up.weight, self.down.weight)
         return self.down(F.relu(self.up(x)).square())
 
 
