@@ -34,7 +34,7 @@ cpu)
     tok=""
     common="--resume true --save_every 100"
     base="--depth 6 --n_embd 256 --num_iterations 500 --drill_until 0.7 --warmdown_ratio 0.3"
-    mid="--num_iterations 600 --text_share 0.15 --drill_share 0.05 --chat_share 0.05 --warmdown_ratio 0.3"
+    mid="--num_iterations 600 --warmdown_ratio 0.3"
     sft="--num_iterations 60"
     rag="--num_iterations 450 --device_batch_size 6"
     ;;

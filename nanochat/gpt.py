@@ -315,27 +315,11 @@ class _HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight) if need else None
         for i in range(0, hidden.size(0), _HeadLoss.CHUNK):
             h, t = hidden[i : i + _HeadLoss.CHUNK], targets[i : i + _HeadLoss.CHUNK]
-            logits = h @ w.t()
-            if not need:
-                total += F.cross_entropy(logits.float(), t, reduction="sum")
-                continue
-            if attention.usable(logits):
-                total += attention.cross_entropy_(logits, t).sum()
-                dh[i : i + _HeadLoss.CHUNK] = logits @ w
-                dw += logits.t() @ h
-                continue
-            # One softmax in the compute dtype (fp32 inside) costs a quarter of the same steps in fp32. What it rounds
-            # away matters only where p(target) is near 1, so 1 - p(target) is summed from the others instead.
-            p = logits.softmax(-1)
-            at = (torch.arange(len(t), device=t.device), t)  # indexing: bf16 scatter_ copies the whole table
-            p_target = p[at].float().clamp_min(1e-38)
-            p[at] = 0
-            others = p.sum(-1)
-            p[at] = -others  # p is now the gradient of the logits: softmax - onehot
-            others = others.float()
-            total -= torch.where(others < 0.5, torch.log1p(-others.clamp_max(0.5)), p_target.log()).sum()
-            dh[i : i + _HeadLoss.CHUNK] = p @ w
-            dw += p.t() @ h
+            loss, g = _cross_entropy(h @ w.t(), t)
+            total += loss
+            if need:
+                dh[i : i + _HeadLoss.CHUNK] = g @ w
+                dw += attention.weight_grad(g, h)
         ctx.save_for_backward(dh, dw)
         return total
 
@@ -343,6 +327,22 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
         return None if dh is None else dh * grad, None if dw is None else dw * grad, None
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (N, V), which are used up, targets (N,) -> their summed cross-entropy and its gradient (N, V)."""
+    if attention.usable(logits):
+        return attention.cross_entropy_(logits, targets).sum(), logits
+    # One softmax in the compute dtype (fp32 inside) costs a quarter of the same steps in fp32. What it rounds away
+    # matters only where p(target) is near 1, so 1 - p(target) is summed from the others instead.
+    p = logits.softmax(-1)
+    at = (torch.arange(len(targets), device=targets.device), targets)  # indexing: bf16 scatter_ copies the whole table
+    p_target = p[at].float().clamp_min(1e-38)
+    p[at] = 0
+    others = p.sum(-1)
+    p[at] = -others  # p is now the gradient of the logits: softmax - onehot
+    others = others.float()
+    return -torch.where(others < 0.5, torch.log1p(-others.clamp_max(0.5)), p_target.log()).sum(), p
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""Midtraining: the pretrained model learns conversations and to read one document.
+"""Midtraining: the pretrained model learns conversations and to read documents.
 
     python -m scripts.mid_train --num_iterations 500
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
-Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and reading: one or two documents
-with many questions to each, every field of the factbook, names and answers exchanged in half of them. This dense
-signal is what turns copying into reading (docs/LOG.md).
+Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and two kinds of reading. In one, one
+or two documents have many questions each, every field of the factbook, names and answers exchanged in half of them:
+this dense signal is what turns copying into reading. In the other, up to five documents are cut to three sentences, so
+that finding the right one and citing its number is practised several times a row (docs/LOG.md).
 """
 
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ class Config(TrainConfig):
     sequence_len: int = 512  # tokens per row
     data: str = "embedded"  # text: embedded, fineweb:N, or a folder or file of your own
     conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
-    text_share: float = 0.25  # share of samples that are text,
-    drill_share: float = 0.1  # drills,
-    chat_share: float = 0.1  # chat pairs; the rest reads documents
+    text_share: float = 0.15  # share of samples that are text,
+    drill_share: float = 0.05  # drills,
+    chat_share: float = 0.05  # chat pairs,
+    finding_share: float = 0.4  # several short documents; the rest reads one or two whole ones
     val_batches: int = 16  # validation batches
     eval_every: int = 100  # steps between validations (0: only at the end)
 
@@ -63,6 +65,7 @@ def main(config: Config) -> dict[str, float]:
         "reading": ConversationStream(reading, tokenizer, T + 1, seed),
     }
     shares = {"text": config.text_share, "drill": config.drill_share, "chat": config.chat_share}
+    shares["finding"] = config.finding_share
     mix = MixStream(streams, shares | {"reading": 1 - sum(shares.values())}, seed, d.world_size)
     loader = PackedLoader(mix, config.device_batch_size, T, d.rank, d.world_size)
 

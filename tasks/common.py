@@ -85,7 +85,8 @@ class ConversationStream:
     """sample(i) -> (ids, mask) of conversation i, epoch after epoch, in a new order each.
 
     A conversation whose messages alone exceed `max_tokens` is passed over (the next one takes its place) and counted
-    in `skipped`; one whose documents make it too long is trimmed by the renderer.
+    in `skipped`. One that is too long with its documents first loses its last questions, so that no answer stays whose
+    document had to go; only then does the renderer trim documents.
     """
 
     def __init__(self, task: Task, tokenizer: Tokenizer, max_tokens: int, seed: int = 0, shuffle: bool = True):
@@ -104,7 +105,7 @@ class ConversationStream:
                 if self.shuffle:
                     self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.task))
             try:
-                ids, mask = self.tokenizer.render_conversation(self.task[int(self._order[k])], self.max_tokens)
+                ids, mask = self._render(self.task[int(self._order[k])])
             except UserError:
                 self.skipped += 1
                 continue
@@ -112,6 +113,17 @@ class ConversationStream:
                 return ids, mask
             self.skipped += 1
         raise UserError(f"no conversation fits into {self.max_tokens} tokens; use a longer --sequence_len")
+
+    def _render(self, conversation: dict) -> tuple[list[int], list[int]]:
+        messages = conversation["messages"]
+        while True:
+            ids, mask = self.tokenizer.render_conversation({**conversation, "messages": messages})
+            last_turn = [m["role"] for m in messages[-2:]] == ["user", "assistant"]
+            if len(ids) <= self.max_tokens:
+                return ids, mask
+            if not last_turn or sum(m["role"] == "assistant" for m in messages) < 2:
+                return self.tokenizer.render_conversation({**conversation, "messages": messages}, self.max_tokens)
+            messages = messages[:-2]
 
 
 class MixStream:

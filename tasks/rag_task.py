@@ -35,6 +35,7 @@ class RAGMix:
     max_questions: int = 8  # in a context with follow-ups
     min_docs: int = 1  # documents in the context, at least
     max_docs: int = 5  # and at most
+    sentences: int = 0  # documents are cut to so many sentences, those that answer included (0: whole)
 
 
 class RAGTask(Task):
@@ -93,6 +94,9 @@ class RAGTask(Task):
             if mix.absent and len(more) > 2 and rng.random() < 0.5:  # a question none of these documents answers
                 more[-1] = rng.choice(self.rows)
             questions += more
+        if mix.sentences:
+            for doc in shown:
+                doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
         turns = [(rng.choice([q["query"], *q["paraphrases"]]), *self._answer(q, ids)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
@@ -168,6 +172,17 @@ class RAGTask(Task):
                 turn[0] = pattern.sub(new, turn[0])
                 turn[1] = pattern.sub(new, turn[1])
         return turns
+
+
+def shorten(text: str, answers: Sequence[str], n: int, rng: random.Random) -> str:
+    """At most `n` sentences of the text, in order: those that hold one of the answers, then any others."""
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text)
+    if any(a in text and not any(a in s for s in sentences) for a in answers):
+        return text  # an answer runs over a boundary, "St. John's" say
+    needed = [i for i, s in enumerate(sentences) if any(a in s for a in answers)]
+    others = [i for i in range(len(sentences)) if i not in needed]
+    extra = rng.sample(others, min(len(others), max(0, n - len(needed))))
+    return " ".join(sentences[i] for i in sorted(needed + extra))
 
 
 SYLLABLES = (

@@ -29,7 +29,7 @@ from tasks.common import (
 )
 from tasks.drills import LADDER, LEARNED, DrillStream, climb, drill_accuracy
 from tasks.factbook import ChatPairs, FactbookQA, cloze_items, load_documents, load_queries
-from tasks.rag_task import RAGMix, RAGTask, invent_name, reading_eval
+from tasks.rag_task import RAGMix, RAGTask, invent_name, reading_eval, shorten
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # a tokenizer without any merge
 V = BYTES.vocab_size
@@ -692,3 +692,30 @@ def test_a_question_needs_only_id_query_and_answer(tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no question"):
         load_queries(tmp_path / "none.jsonl")
+
+
+def test_a_context_too_long_loses_questions_before_the_documents_they_cite(tokenizer):
+    docs = [{"title": f"T{n}", "content": f"fact {n} " * 12} for n in range(1, 4)]
+    turns = []
+    for n in (1, 2, 3):
+        turns += [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"fact {n}. [{n}]"}]
+    conversation = {"messages": [{"role": "retrieval", "query": "What?", "documents": docs}, *turns]}
+    task = Task()
+    task.examples = [conversation]
+    whole = len(tokenizer.render_conversation(conversation)[0])
+    seen = set()
+    for limit in range(whole, whole - 40, -1):
+        ids, _ = ConversationStream(task, tokenizer, limit).sample(0)
+        text = tokenizer.decode(ids)
+        cited = [n for n in (1, 2, 3) if f". [{n}]" in text]
+        assert len(ids) <= limit and cited and all(f"[{n}] T{n}" in text for n in cited)
+        seen.add(len(cited))
+    assert {3, 2} <= seen
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_a_shortened_document_keeps_the_sentences_that_answer(seed, n):
+    text = "The capital of A is Rome. It has 3 rivers. The area is 5,000 sq km. Nothing else is known."
+    short = shorten(text, ["5,000 sq km"], n, random.Random(seed))
+    assert "5,000 sq km" in short and len(re.findall(r"[.](?= |$)", short)) == min(n, 4)
+    assert shorten(text, ["rivers. The"], n, random.Random(seed)) == text
