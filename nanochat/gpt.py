@@ -319,7 +319,7 @@ class _HeadLoss(torch.autograd.Function):
             total += loss
             if need:
                 dh[i : i + _HeadLoss.CHUNK] = g @ w
-                dw += attention.weight_grad(g, h)
+                dw += g.t() @ h
         ctx.save_for_backward(dh, dw)
         return total
 

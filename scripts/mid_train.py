@@ -54,15 +54,17 @@ def main(config: Config) -> dict[str, float]:
     drills.level = len(LADDER) - 1
     chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
     documents = load_documents()
-    dense = RAGMix(absent=0.05, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
-    reading = RAGTask(load_queries("train"), documents, dense, seed=seed)
+    rows = load_queries("train")
+    reading = RAGMix(absent=0.05, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
+    finding = RAGMix(absent=0.15, counterfactual=0.3, follow_up=0.8, max_questions=7, min_docs=2, sentences=3)
     single = [r for r in load_queries("val") if r["type"] == "single"]
     unseen = RAGTask(single, documents, RAGMix(absent=0, counterfactual=0, follow_up=0, max_docs=1))
     streams = {
         "text": TextStream(load_texts(config.data, "train"), tokenizer, seed + 1),
         "drill": drills,
         "chat": ConversationStream(TaskMixture(chat), tokenizer, T + 1, seed),
-        "reading": ConversationStream(reading, tokenizer, T + 1, seed),
+        "reading": ConversationStream(RAGTask(rows, documents, reading, seed=seed), tokenizer, T + 1, seed),
+        "finding": ConversationStream(RAGTask(rows, documents, finding, seed=seed + 1), tokenizer, T + 1, seed),
     }
     shares = {"text": config.text_share, "drill": config.drill_share, "chat": config.chat_share}
     shares["finding"] = config.finding_share

@@ -13,6 +13,7 @@ Two things make a small model learn to read rather than to remember (docs/LOG.md
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

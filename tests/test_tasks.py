@@ -694,7 +694,7 @@ def test_a_question_needs_only_id_query_and_answer(tmp_path):
         load_queries(tmp_path / "none.jsonl")
 
 
-def test_a_context_too_long_loses_questions_before_the_documents_they_cite(tokenizer):
+def test_a_context_too_long_loses_questions_before_the_documents_they_cite():
     docs = [{"title": f"T{n}", "content": f"fact {n} " * 12} for n in range(1, 4)]
     turns = []
     for n in (1, 2, 3):
@@ -702,11 +702,11 @@ def test_a_context_too_long_loses_questions_before_the_documents_they_cite(token
     conversation = {"messages": [{"role": "retrieval", "query": "What?", "documents": docs}, *turns]}
     task = Task()
     task.examples = [conversation]
-    whole = len(tokenizer.render_conversation(conversation)[0])
+    whole = len(BYTES.render_conversation(conversation)[0])
     seen = set()
     for limit in range(whole, whole - 40, -1):
-        ids, _ = ConversationStream(task, tokenizer, limit).sample(0)
-        text = tokenizer.decode(ids)
+        ids, _ = ConversationStream(task, BYTES, limit).sample(0)
+        text = BYTES.decode(ids)
         cited = [n for n in (1, 2, 3) if f". [{n}]" in text]
         assert len(ids) <= limit and cited and all(f"[{n}] T{n}" in text for n in cited)
         seen.add(len(cited))

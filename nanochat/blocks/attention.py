@@ -5,9 +5,10 @@ what the matrix units give, RoPE and QK norm are a dozen passes, ReLU² four. He
 C++ (attention.cpp) everything between two of them in one pass. Where that can't run (no compiler, `NANOCHAT_FUSED=0`,
 another device or dtype, grouped queries, `torch.compile`), blocks/transformer.py does the same in PyTorch.
 
-Attention goes by blocks of queries: the scores of ROWS queries of all heads against the keys up to theirs stay in the
-cache, blocks above the diagonal are never computed. The backward computes the probabilities again from the scores
-(FlashAttention, 2205.14135); kept are q, k, v and a number a query.
+Attention goes by blocks of queries: their scores against the keys up to theirs stay in the cache, blocks above the
+diagonal are never computed. The backward computes the probabilities again from the scores (FlashAttention, 2205.14135);
+kept are q, k, v and a number a query. In bf16 with heads of 64, where the CPU has AMX, the products are in the C++, too:
+library products of that shape take twice as long (8 x 6 x 512: 69 ms of products alone, against 40 for everything).
 
 Symbols: B rows, T tokens, H heads, D head size, R queries of a block, L keys it sees, C = H D.
 """
@@ -23,7 +24,7 @@ from nanochat.blocks.kernels import SUFFIX
 
 EPS = torch.finfo(torch.float32).eps  # of the QK norm, as in fused.rms_norm
 MAX_HEAD = 256  # MAXD in attention.cpp
-CACHE = 1 << 19  # scores of a block, in elements: 1 MB in bf16, half of an L2
+CACHE = 1 << 19  # scores of a block of the library products, in elements: 1 MB in bf16, half of an L2
 
 
 def library() -> ctypes.CDLL | None:
@@ -38,6 +39,11 @@ def _run(name: str, dtype: torch.dtype, *args) -> None:
 def usable(x: Tensor) -> bool:
     """Whether x may be handled here."""
     return x.device.type == "cpu" and x.dtype in SUFFIX and not torch.compiler.is_compiling() and library() is not None
+
+
+def attends(qkv: Tensor, n_head: int, n_kv_head: int) -> bool:
+    """Whether `attend` can do it."""
+    return n_head == n_kv_head and qkv.size(-1) <= 3 * n_head * MAX_HEAD and usable(qkv)
 
 
 def attend(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int) -> Tensor:
@@ -143,50 +149,18 @@ class _MLP(torch.autograd.Function):
         shape, g = g.shape, g.reshape(x.shape).contiguous()
         y, dh = torch.empty_like(h), g @ wd
         _run("relu2_bwd", h.dtype, h, dh, y, dh, h.numel())
-        dup = weight_grad(dh, x).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
-        ddown = weight_grad(g, y).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        dup = (dh.t() @ x).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        ddown = (_transposed(g) @ y).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return (dh @ wu).view(shape), dup, ddown
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weightᵀ, the weight cast to x's dtype: x (..., C), usable, weight (F, C) -> (..., F)."""
-    return _Linear.apply(x, weight)
-
-
-class _Linear(torch.autograd.Function):
-    """Beside autograd's own it saves time in the weight's gradient only."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        w, rows = weight.to(x.dtype), x.reshape(-1, x.size(-1)).contiguous()
-        ctx.save_for_backward(rows, w)
-        ctx.dtype = weight.dtype
-        return (rows @ w.t()).view(*x.shape[:-1], w.size(0))
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        rows = g.reshape(-1, g.size(-1)).contiguous()
-        dx = (rows @ w).view(*g.shape[:-1], x.size(1)) if ctx.needs_input_grad[0] else None
-        return dx, weight_grad(rows, x).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-
-
-def weight_grad(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ x of g (N, F) and x (N, C): the gradient of a linear layer's weight (F, C).
-
-    In bf16 a product with a transposed left side takes twice as long as one without, so the narrower of the two is
-    transposed first: 4096 x 1536 and 4096 x 384 in 6.7 ms instead of 15.8.
-    """
-    if x.dtype != torch.bfloat16 or not usable(x):
-        return g.t() @ x
-    if g.size(1) <= x.size(1):
-        return _transposed(g) @ x
-    return _transposed(_transposed(x) @ g)
-
-
 def _transposed(x: Tensor) -> Tensor:
-    """(N, M) -> (M, N), contiguous, bf16."""
-    x = x.contiguous()
+    """(N, M) -> (M, N). In bf16 it is copied: a product with a transposed left side takes twice as long as one without.
+
+    4096 x 384 and 4096 x 1536, transposed, in 6.7 ms instead of 15.8. Worth it for the narrower side only.
+    """
+    if x.dtype != torch.bfloat16:
+        return x.t()
     out = x.new_empty(x.size(1), x.size(0))
     _run("transpose", x.dtype, x, out, *x.shape)
     return out

@@ -81,10 +81,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, pos: "Positions", state: KVState | None = None) -> torch.Tensor:
         B, T, C = x.shape
-        if state is None and attention.usable(x) and self.n_head == self.n_kv_head:
-            qkv = attention.linear(x, self.qkv.weight)
-            return attention.linear(attention.attend(qkv, pos.cos, pos.sin, self.n_head), self.out.weight)
         qkv = self.qkv(x)
+        if state is None and attention.attends(qkv, self.n_head, self.n_kv_head):
+            return self.out(attention.attend(qkv, pos.cos, pos.sin, self.n_head))
         if T == 1 and state is not None and state.fits(x) and gemv.usable(x):
             state.reserve(pos.end)
             return self.out(gemv.attend(qkv, pos.cos, pos.sin, state.k, state.v, pos.start, self.n_head))
