@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and the test suite:  bash runtests.sh [pytest arguments]
+#
+# Needs python3 with pip, and the network once, for the packages; setup.sh says which environment is used or made.
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup.sh

@@ -2,26 +2,37 @@
 # From an empty machine to a model that reads documents:  bash speedrun.sh
 #
 #   SPEEDRUN=smoke|cpu|node  how much: smoke, a few minutes that show every stage runs (it learns little); cpu, at most
-#                            40 minutes on two cores with bf16 units; node, 8 GPUs. Default: node with a GPU, else cpu.
-#   NANOCHAT_BASE_DIR=path   where everything is written (default ~/.cache/nanochat)
-#   NPROC=n                  processes a training stage uses (default: the number of GPUs, else 1)
+#                            40 minutes on two cores with bf16 units, and on a GPU if there is one; node, 8 GPUs, depth
+#                            20, never run by us. Default: node with 8 GPUs or more, else cpu.
+#   NANOCHAT_BASE_DIR=path   where everything is written (default ~/.cache/nanochat/<preset>)
+#   NPROC=n                  processes a training stage uses (default: the number of GPUs for node, else 1)
 #
-# Run it again after an interruption and it goes on where it stopped: a finished stage returns at once, a training
-# stage continues from its last checkpoint.
+# Run it again after an interruption and it goes on where it stopped: what is finished is not done again, a training
+# stage continues from its last checkpoint. setup.sh says which Python and which PyTorch it uses.
 set -euo pipefail
+absolute() { mkdir -p -- "$1" && cd -- "$1" >/dev/null && pwd; }
+[ -z "${NANOCHAT_BASE_DIR:-}" ] || NANOCHAT_BASE_DIR=$(absolute "$NANOCHAT_BASE_DIR")
 cd "$(dirname "$0")"
-source ./setup.sh
 
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-preset=${SPEEDRUN:-$([ "$gpus" -gt 0 ] && echo node || echo cpu)}
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-NPROC=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 1)}
+stop() {
+    echo "error: $1" >&2
+    exit 2
+}
+case ${SPEEDRUN:-cpu} in smoke | cpu | node) ;; *) stop "SPEEDRUN=$SPEEDRUN: choose smoke, cpu or node" ;; esac
+case ${NPROC:-1} in 0* | *[!0-9]*) stop "NPROC=$NPROC: a number of processes, at least 1" ;; esac
+
+source ./setup.sh
+machine=$(python -c "import os, torch; print(os.cpu_count(), torch.cuda.device_count())")
+read -r cores gpus <<<"$machine"
+preset=${SPEEDRUN:-$([ "$gpus" -ge 8 ] && echo node || echo cpu)}
+NPROC=${NPROC:-$([ "$preset" = node ] && [ "$gpus" -gt 0 ] && echo "$gpus" || echo 1)}
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/$preset}"
 # threads that wait for work sleep instead of spinning: on a machine that does other things too, that is faster
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 case $preset in
 smoke)
-    tag=smoke retriever=bm25 n=40
+    tag=smoke retriever=bm25 n=40 text=embedded
     tok="--max_chars 3000000 --vocab_size 2048"
     common="--resume true --save_every 50 --device_batch_size 4"
     base="--depth 3 --n_embd 128 --num_iterations 30 --sequence_len 256 --val_batches 2 --eval_every 15"
@@ -30,7 +41,7 @@ smoke)
     rag="--num_iterations 20 --val_examples 10 --sequence_len 640 --device_batch_size 2"
     ;;
 cpu)
-    tag=cpu retriever=hybrid n=500
+    tag=cpu retriever=hybrid n=500 text=embedded
     tok=""
     common="--resume true --save_every 100"
     base="--depth 6 --n_embd 256 --num_iterations 500 --drill_until 0.7 --warmdown_ratio 0.3"
@@ -39,54 +50,113 @@ cpu)
     rag="--num_iterations 450 --device_batch_size 6"
     ;;
 node)
-    tag=d20 retriever=hybrid n=500
+    tag=d20 retriever=hybrid n=500 text=fineweb:240
     tok="--data fineweb:8 --vocab_size 32768 --max_chars 2000000000"
-    common="--resume true --save_every 500"
-    base="--data fineweb:240 --depth 20 --sequence_len 2048 --device_batch_size 16 --total_batch_size 524288 --num_iterations 20000 --drill_until 0.05"
-    mid="--data fineweb:240 --sequence_len 2048 --device_batch_size 16 --total_batch_size 524288 --num_iterations 800"
-    sft="--sequence_len 2048 --device_batch_size 16 --num_iterations 200"
-    rag="--sequence_len 2048 --device_batch_size 8 --num_iterations 1000"
-    ;;
-*)
-    echo "error: SPEEDRUN=$preset: choose smoke, cpu or node" >&2
-    exit 2
+    common="--resume true --save_every 500 --sequence_len 2048 --device_batch_size 8"
+    # half a million tokens a step, or the multiple of what all processes take at once that comes closest
+    micro=$((8 * 2048 * NPROC))
+    accumulate=$(((524288 + micro / 2) / micro))
+    batch="--total_batch_size $((micro * (accumulate > 0 ? accumulate : 1)))"
+    base="--data $text --depth 20 $batch --num_iterations 20000 --drill_until 0.05"
+    mid="--data $text $batch --num_iterations 800"
+    sft="--num_iterations 10" # at 131k tokens a step, the few chat pairs have been seen several times by then
+    rag="--num_iterations 1000"
     ;;
 esac
 
 out="$NANOCHAT_BASE_DIR"
 data="$out/factbook"
 kb="$data/knowledge_base"
-if [ "$NPROC" -gt 1 ]; then run="torchrun --standalone --nproc_per_node=$NPROC -m"; else run="python -m"; fi
+if [ "$NPROC" -gt 1 ]; then # torchrun, of the python in use
+    run="python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
+else
+    run="python -m"
+fi
 begin=$SECONDS
 
-stage() { # stage NAME COMMAND...: run it, tell how long it took
-    local name=$1 start=$SECONDS
-    shift
-    printf '\n== %s: %s\n' "$name" "$*"
-    "$@"
-    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$out/times.tsv"
+product() { # product WHAT: the file that is new when WHAT is: for base mid sft rag in the last checkpoint, else WHAT
+    case $1 in
+    base | mid | sft | rag) ls "$out/checkpoints/$1/$tag"/step_*/meta.json 2>/dev/null | tail -n 1 ;;
+    *) echo "$1" ;;
+    esac
 }
+
+stage() { # stage NAME MAKES FROM COMMAND...: run COMMAND unless what it MAKES is newer than what that is made FROM
+    local name=$1 makes=$2 from=$3 start=$SECONDS # FROM "": it is enough that it is there; "-": COMMAND looks itself
+    shift 3
+    if [ "$from" != - ] && [ "$(product "$makes")" -nt "$(product "$from")" ]; then
+        printf '\n== %s: already done\n' "$name"
+        return
+    fi
+    printf '\n== %s: %s\n' "$name" "${*%%$'\n'*}"
+    touch "$out/.stage"
+    "$@" || {
+        local code=$?
+        echo "stopped in stage '$name'; the same command goes on from here" >&2
+        exit $code
+    }
+    if [ "$(product "$makes")" -nt "$out/.stage" ]; then # it did run: note the seconds, one line a stage
+        touch "$out/times.tsv"
+        awk -F '\t' -v OFS='\t' -v name="$name" -v seconds="$((SECONDS - start))" \
+            '$1 == name { $2 = seconds; seen = 1 } { print } END { if (!seen) print name, seconds }' \
+            "$out/times.tsv" >"$out/.times" && mv "$out/.times" "$out/times.tsv"
+    fi
+}
+
+evaluate() { # evaluate NAME SCRIPT OF FLAGS...: its results go to evals/SCRIPT.json, and stay while OF is older
+    local name=$1 script=$2 of=$3
+    shift 3
+    stage "$name" "$out/evals/$script.json" "$of" python -m "scripts.$script" "$@" --output "$out/evals/$script.json"
+}
+
 mkdir -p "$out/evals"
-echo "preset $preset, $(nproc) cores, $gpus GPUs, results in $out"
-python -m scripts.estimate --preset "$preset" --base "$base" --mid "$mid" --sft "$sft" --rag "$rag"
+echo "preset $preset, $cores cores, $gpus GPUs, $NPROC training processes, results in $out"
+if [ "$preset" = node ]; then
+    echo "NOTE: the node preset has never been run: we have no such machine. Its sizes are reckoned, not tried."
+elif [ "$gpus" -gt 0 ]; then
+    echo "NOTE: nothing here has been run on a GPU by us; SPEEDRUN=node (depth 20) is meant for 8 of them."
+elif [ -n "$(nvidia-smi --list-gpus 2>/dev/null || true)" ]; then
+    echo "NOTE: there is a GPU, but this PyTorch doesn't see it (a CPU build?); README.md says how to choose a build."
+fi
+python -m scripts.estimate --preset "$preset" --nproc "$NPROC" --tok "$tok" \
+    --base "$common $base" --mid "$common $mid" --sft "$common $sft" --rag "$common $rag" || {
+    [ $? -ne 130 ] || exit 130 # Ctrl-C
+    echo "no estimate for this machine; going on without"
+}
+
+# all processes of a training stage would wait for the one that downloads, longer than they are allowed to
+download='
+import sys
+from nanochat.common import UserError
+from nanochat.dataset import load_texts
+try:
+    sizes = [len(load_texts(sys.argv[1], split)) for split in ("train", "val")]
+except UserError as e:
+    sys.exit(f"error: {e}")
+open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} held out\n")'
 
 # shellcheck disable=SC2086  # the settings above are lists of words
 {
-    [ -f "$out/tokenizer/tokenizer.json" ] || stage tokenizer python -m scripts.tok_train $tok
-    stage "tokenizer evaluation" python -m scripts.tok_eval --output "$out/evals/tok_eval.json"
-    stage "knowledge base" python -m scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
-    stage pretraining $run scripts.base_train --model_tag $tag $common $base
-    stage "base evaluation" python -m scripts.base_eval --model_tag $tag --max_examples $n --output "$out/evals/base_eval.json"
-    stage midtraining $run scripts.mid_train --source_tag $tag --model_tag $tag $common $mid
-    stage "chat SFT" $run scripts.chat_sft --source_tag $tag --model_tag $tag $common $sft
-    stage "chat evaluation" python -m scripts.chat_eval --model_tag $tag --max_examples $n --output "$out/evals/chat_eval.json"
-    stage "RAG SFT" $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
-    stage "RAG evaluation" python -m scripts.rag_eval --model_tag $tag --knowledge_base "$kb" --queries "$data/queries/test.jsonl" \
-        --retriever_type $retriever --max_examples $n --output "$out/evals/rag_eval.json"
+    [ $text = embedded ] || stage download "$out/.downloaded" "" python -c "$download" $text "$out/.downloaded"
+    stage tokenizer "$out/tokenizer/tokenizer.json" "" python -m scripts.tok_train $tok
+    evaluate "tokenizer evaluation" tok_eval "$out/tokenizer/tokenizer.json"
+    stage "knowledge base" "$data/conversations/val_rag.jsonl" data/factbook/knowledge_base/documents.jsonl \
+        python -m scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
+    stage pretraining base - $run scripts.base_train --model_tag $tag $common $base
+    evaluate "base evaluation" base_eval base --model_tag $tag --data $text --max_examples $n
+    stage midtraining mid - $run scripts.mid_train --source_tag $tag --model_tag $tag $common $mid
+    stage "chat SFT" sft - $run scripts.chat_sft --source_tag $tag --model_tag $tag $common $sft
+    evaluate "chat evaluation" chat_eval sft --model_tag $tag --max_examples $n
+    stage "RAG SFT" rag - \
+        $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
+    evaluate "RAG evaluation" rag_eval rag --model_tag $tag --max_examples $n \
+        --knowledge_base "$kb" --queries "$data/queries/test.jsonl" --retriever_type $retriever
 }
+echo
 python -m nanochat.report --evals "$out/evals" --output "$out/report"
 echo
-echo "seconds per stage:"
+echo "seconds per stage, each when it last ran:"
 cat "$out/times.tsv"
-echo "total of this run: $(((SECONDS - begin) / 60)) min. Chat with your model:"
-echo "  source .venv/bin/activate; python -m scripts.chat_cli --source rag --model_tag $tag --knowledge_base $kb"
+echo "this run: $(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s. Chat with your model:"
+printf '  cd %q && NANOCHAT_BASE_DIR=%q %q -m scripts.chat_cli --source rag --model_tag %q --knowledge_base %q\n' \
+    "$PWD" "$out" "$(command -v python)" "$tag" "$kb"

@@ -13,14 +13,11 @@ A folder being written has a name that starts with a dot and is renamed when eve
 runs leave behind is ignored, and removed by the next run (`clean_run`).
 """
 
-import hashlib
 import json
 import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,18 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 
-from nanochat.common import Dist, UserError, atomic_dir, get_base_dir, pick_dtype, print0, read_json
+from nanochat.common import (
+    Dist,
+    UserError,
+    atomic_dir,
+    from_main,
+    get_base_dir,
+    pick_dtype,
+    print0,
+    read_json,
+    sha256_of,
+    versions,
+)
 from nanochat.gpt import GPT, GPTConfig, config_dict
 from nanochat.tokenizer import Tokenizer
 
@@ -96,7 +104,7 @@ def _tags(source: str) -> list[str]:
     return sorted(r.name for r in (checkpoints_dir() / source).glob("*") if list_steps(r)) if source in SOURCES else []
 
 
-def put_aside(run: Path) -> None:
+def put_aside(run: Path, why: str = "no --resume") -> None:
     """Move a finished run out of the way of a new one with its tag; only the last one put aside is kept."""
     if not run.exists():
         return
@@ -104,7 +112,7 @@ def put_aside(run: Path) -> None:
     if list_steps(run):
         shutil.rmtree(old, ignore_errors=True)
         run.rename(old)
-        print0(f"{run} holds an earlier run (no --resume): moved to {old.name}")
+        print0(f"{run} holds an earlier run ({why}): moved to {old.name}")
     else:
         shutil.rmtree(run)
 
@@ -140,12 +148,12 @@ def save_checkpoint(
     try:
         if dist_info.rank == 0:
             with atomic_dir(path) as tmp:
-                _share(str(tmp), dist_info)
+                from_main(str(tmp))
                 error = _attempt(lambda: _write_model(tmp, step, model, tokenizer, meta))
                 error = error or _attempt(lambda: _write_state(tmp, train_state, 0))
                 _raise_any(error, dist_info)
         else:
-            tmp = Path(_share(None, dist_info))
+            tmp = Path(from_main(None))
             _raise_any(_attempt(lambda: _write_state(tmp, train_state, dist_info.rank)), dist_info)
     except OSError as e:
         last = list_steps(run)
@@ -180,7 +188,7 @@ def _write_model(folder: Path, step: int, model: nn.Module, tokenizer: Tokenizer
         "model_config": config_dict(model.config),
         **meta,
         "tied": tied,
-        "model_file": {"bytes": file.stat().st_size, "sha256": _sha256(file)},
+        "model_file": {"bytes": file.stat().st_size, "sha256": sha256_of(file)},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions(),
     }
@@ -204,15 +212,6 @@ def _attempt(write: Callable[[], None]) -> OSError | None:
         return cause if isinstance(cause, OSError) else OSError(0, str(e).splitlines()[0])
 
 
-def _share(value: str | None, dist_info: Dist) -> str | None:
-    """Rank 0's value, on every rank."""
-    if dist_info.world_size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def _raise_any(error: OSError | None, dist_info: Dist) -> None:
     """Wait until every rank has written; raise if one could not."""
     if dist_info.world_size > 1:
@@ -223,30 +222,12 @@ def _raise_any(error: OSError | None, dist_info: Dist) -> None:
         raise error
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {}
-    for package in ("torch", "numpy", "safetensors", "tiktoken", "nanochat"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Load
 
 
-def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(weights, meta) of a step folder. Raises UserError if it is no checkpoint of ours, truncated or altered."""
-    path = Path(path)
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.json of a step folder. Raises UserError if it is no checkpoint of ours."""
     if not (path / "meta.json").exists():
         raise UserError(f"{path} is not a checkpoint: it has no meta.json")
     meta = read_json(path / "meta.json")
@@ -254,13 +235,20 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dic
         raise UserError(f"{path}/meta.json is not a checkpoint's: no field 'schema' or 'model_file'")
     if meta["schema"] != SCHEMA:
         raise UserError(f"{path} has checkpoint schema {meta['schema']}, this version reads {SCHEMA}")
+    return meta
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(weights, meta) of a step folder. Raises UserError if it is no checkpoint of ours, truncated or altered."""
+    path = Path(path)
+    meta = read_meta(path)
     file = path / "model.safetensors"
     if not file.exists():
         raise UserError(f"{path} is incomplete: model.safetensors is missing")
     size, want = file.stat().st_size, meta["model_file"]
     if size != want["bytes"]:
         raise UserError(f"{file} is truncated or replaced: {size} bytes, written with {want['bytes']}")
-    if _sha256(file) != want["sha256"]:
+    if sha256_of(file) != want["sha256"]:
         raise UserError(f"{file} is damaged: its sha256 is not the one in meta.json")
     try:
         weights = safetensors.torch.load_file(file, device=str(device))
@@ -282,8 +270,25 @@ def load_train_state(path: Path, dist_info: Dist) -> dict[str, Any]:
         raise UserError(f"cannot resume: {file} is unreadable ({type(e).__name__})") from e
 
 
+def parent_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a stage notes in its own meta about the checkpoint it starts from, whose `meta` is given."""
+    return {"parent": meta["source"], "parent_step": meta["step"], "parent_sha256": meta["model_file"]["sha256"]}
+
+
+def is_stale(path: Path, meta: dict[str, Any]) -> bool:
+    """Whether the checkpoint at `path` came from another parent than a run with this `meta` would start from."""
+    now, saved = meta.get("parent_sha256"), read_meta(path)
+    if not now or "parent_sha256" not in saved:
+        return False
+    return now not in (saved["parent_sha256"], saved["model_file"]["sha256"])  # the latter: a run continuing itself
+
+
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str | Path) -> None:
-    """Copy `weights` into `model`. Raises UserError if names or shapes differ."""
+    """Copy `weights` into `model`. Raises UserError if names or shapes differ, or a number isn't finite.
+
+    The latter is looked for here because the CPU kernels are compiled for finite numbers: from NaN they could compute
+    something that looks sound.
+    """
     own = model.state_dict()
     missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
     if missing or unknown:
@@ -294,6 +299,8 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
             raise UserError(
                 f"{where} doesn't fit this model: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds NaN or infinity, so the run had diverged; take an earlier step")
     model.load_state_dict(weights)
 
 

@@ -4,15 +4,19 @@ Nothing here knows about models or data. `UserError` is the exception for everyt
 command-line edge (`config.run`) turns it into one line and exit code 2.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +85,11 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         if path.exists():  # a rename can't replace a full folder: move the old one aside first
             old = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")
             os.replace(path, old)
-            os.replace(tmp, path)
+            try:
+                os.replace(tmp, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(tmp, path)
@@ -138,6 +146,15 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
                 if key not in row:
                     raise UserError(f"{path}, line {n}: no field '{key}'")
             yield row
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,18 +218,26 @@ class Dist:
 
 
 def init_distributed(device: str = "") -> Dist:
-    """Join torchrun's process group if there is one (nccl on CUDA, gloo elsewhere) and pick this rank's device."""
+    """Join torchrun's process group if there is one (nccl on CUDA, gloo elsewhere) and pick this rank's device.
+
+    Ranks wait up to two hours for each other: one of them may be downloading shards, and ten minutes (nccl's own
+    limit) are too few for that.
+    """
     device = device or autodetect_device()
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d{1,3})?", device):
         raise UserError(f"--device {device}: choose cpu, cuda or mps")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     dev = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if dev.type == "cuda":
+        if dev.index is not None and dev.index >= (gpus := torch.cuda.device_count()):
+            if device != "cuda":
+                raise UserError(f"--device {device}: the GPUs here are numbered from 0 to {gpus - 1}")
+            raise UserError(f"more processes than GPUs; start torchrun with --nproc_per_node={gpus}")
         torch.cuda.set_device(dev)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return Dist(rank, local, world, dev)
 
 
@@ -233,8 +258,34 @@ def print0(*args, **kwargs) -> None:
         print(*args, **kwargs, flush=True)
 
 
+def on_main_first(fn: Callable[[], None]) -> None:
+    """Run `fn` on rank 0 while the other ranks wait (building a shared file, say)."""
+    if is_main():
+        fn()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank: what ranks decide together they must decide alike."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Small things
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what decides the numbers, `more` packages among it."""
+    found = {}
+    for package in ("torch", "numpy", "safetensors", "tiktoken", "nanochat", *more):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def parse_pattern(text: str, kinds: str = "TM") -> str:
@@ -259,11 +310,3 @@ def human(n: float) -> str:
             return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
         n /= 1000
     return f"{n:.1f}P"
-
-
-def on_main_first(fn: Callable[[], None]) -> None:
-    """Run `fn` on rank 0 while the other ranks wait (building a shared file, say)."""
-    if is_main():
-        fn()
-    if dist.is_initialized():
-        dist.barrier()

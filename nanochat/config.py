@@ -26,7 +26,7 @@ from typing import Any
 import simple_parsing
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from nanochat.common import UserError, cleanup_distributed, is_main
+from nanochat.common import UserError, cleanup_distributed
 
 
 class _Parser(simple_parsing.ArgumentParser):
@@ -157,15 +157,18 @@ def run(main: Callable[[Any], Any], config_class: type, argv: Sequence[str] | No
     try:
         main(parse(config_class, argv, description))
     except UserError as e:
-        if is_main():
-            print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        _fail(str(e))
     except OSError as e:  # disk full, permission denied: the user's to mend, too
-        where = f" ({e.filename})" if e.filename else ""
-        print(f"error: {e.strerror or e}{where}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{e.strerror or e}" + (f" ({e.filename})" if e.filename else ""))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         cleanup_distributed()
+
+
+def _fail(message: str) -> typing.NoReturn:
+    """One line and exit code 2. Every rank speaks: only one of them may have had the accident."""
+    rank = f"[rank {os.environ.get('RANK', 0)}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"{rank}error:", " ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(2)

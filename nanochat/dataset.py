@@ -23,6 +23,7 @@ from nanochat.tokenizer import Tokenizer
 
 FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_{:05d}.parquet"
 FINEWEB_LAST = 1822  # the last shard is the validation split, as in nanochat
+KEPT = 64  # row groups in memory: the embedded corpus whole; a hub shard's group is about 4 MB
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
@@ -55,7 +56,7 @@ class ParquetTexts(Sequence):
             raise IndexError(i)
         g = int(np.searchsorted(self.starts, i, side="right")) - 1
         if g not in self._kept:
-            while len(self._kept) >= 64:  # the embedded corpus fits whole; a hub shard's row group is about 4 MB
+            while len(self._kept) >= KEPT:
                 self._kept.pop(next(iter(self._kept)))
             file, group = self.files[g]
             try:
@@ -141,6 +142,22 @@ def _fineweb(source: str, split: str) -> list[Path]:
     return paths
 
 
+def shuffled(texts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+    """All positions of `texts` in a random order that row groups can follow: each is decoded once an epoch.
+
+    Of a sequence that names its groups (`starts`), the groups are shuffled, then the documents of every `KEPT` groups
+    among themselves: tens of thousands on the hub, all of them in a corpus of no more groups.
+    """
+    if not hasattr(texts, "starts"):
+        return rng.permutation(len(texts))
+    starts, order = texts.starts, []
+    groups = rng.permutation(len(starts) - 1)
+    for i in range(0, len(groups), KEPT):
+        window = [np.arange(starts[g], starts[g + 1]) for g in groups[i : i + KEPT]]
+        order.append(rng.permutation(np.concatenate(window)))
+    return np.concatenate(order)
+
+
 class TextStream:
     """sample(i) -> (ids, None): document i of an endless sequence of epochs, each in its own seeded order."""
 
@@ -151,6 +168,6 @@ class TextStream:
     def sample(self, i: int) -> tuple[list[int], None]:
         epoch, k = divmod(i, len(self.texts))
         if self.shuffle and epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.texts))
+            self._order = shuffled(self.texts, np.random.default_rng((self.seed, epoch)))
             self._epoch = epoch
         return [self.tokenizer.bos, *self.tokenizer.encode(self.texts[int(self._order[k])])], None

@@ -4,7 +4,6 @@ read_documents("docs.jsonl")  # a line: {"id": "chad-land", "title": "Chad - lan
 tokenize("São Tomé: 83,871 sq km")  # ["sao", "tome", "83871", "sq", "km"]
 """
 
-import hashlib
 import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import regex  # Unicode scripts and marks, which the standard `re` doesn't know; tiktoken depends on it anyway
 
 from nanochat.common import UserError, read_jsonl
+from nanochat.common import sha256_of as sha256_of  # who reads documents takes their checksum
 
 
 @dataclass
@@ -98,12 +98,3 @@ def read_documents(path: str | Path) -> list[Document]:
     if not documents:
         raise UserError(f"{path} holds no documents")
     return documents
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

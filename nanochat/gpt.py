@@ -67,6 +67,8 @@ class GPTConfig:
             raise UserError(f"depth {depth} is outside 1 to 200")
         if pattern in PRESETS:
             period = PRESETS[pattern]
+            if depth < len(period):
+                raise UserError(f"{pattern} ({period}, repeated) needs a depth of {len(period)} or more, not {depth}")
             pattern = (period * depth)[:depth]
         width = n_embd or max(256, 64 * depth)
         heads = max(1, width // 64)
@@ -337,12 +339,16 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.T
     # matters only where p(target) is near 1, so 1 - p(target) is summed from the others instead.
     p = logits.softmax(-1)
     at = (torch.arange(len(targets), device=targets.device), targets)  # indexing: bf16 scatter_ copies the whole table
-    p_target = p[at].float().clamp_min(1e-38)
+    p_target = p[at].float()
     p[at] = 0
     others = p.sum(-1)
     p[at] = -others  # p is now the gradient of the logits: softmax - onehot
     others = others.float()
-    return -torch.where(others < 0.5, torch.log1p(-others.clamp_max(0.5)), p_target.log()).sum(), p
+    loss = -torch.where(others < 0.5, torch.log1p(-others.clamp_max(0.5)), p_target.clamp_min(1e-38).log())
+    if (lost := p_target < 1e-30).any():  # near the end of fp32's range; such rows are rare, so they may cost
+        rows = logits[lost].float()
+        loss[lost] = rows.logsumexp(-1) - logits[at][lost].float()
+    return loss.sum(), p
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ Documents are retrieved by title and content together. PyTorch and faiss take th
 """
 
 import copy
-import importlib.metadata
 import math
 import random
 import sys
@@ -32,9 +31,19 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UserError, atomic_dir, print0, read_json, read_jsonl, write_json, write_jsonl
+from nanochat.common import (
+    UserError,
+    atomic_dir,
+    print0,
+    read_json,
+    read_jsonl,
+    sha256_of,
+    versions,
+    write_json,
+    write_jsonl,
+)
 from nanochat.config import run
-from nanochat.documents import Document, read_documents, sha256_of, tokenize, valid_unicode
+from nanochat.documents import Document, read_documents, tokenize, valid_unicode
 from nanochat.encoder import Encoder, get_encoder
 from nanochat.rag_utils import document_text, judge_retrieval, mean_with_intervals
 from nanochat.tokenizer import check_conversation
@@ -269,6 +278,8 @@ def kb_info(path: str | Path) -> dict:
         raise UserError(f"{path}/kb.json is not that of a knowledge base; {REBUILD}")
     if info.get("version") != KB_VERSION:
         raise UserError(f"{path} has format version {info.get('version')}, not {KB_VERSION}; {REBUILD}")
+    if info.get("type") not in TYPES:
+        raise UserError(f"{path}/kb.json doesn't say which retriever it was built for (field 'type'); {REBUILD}")
     return info
 
 
@@ -417,8 +428,8 @@ def evaluate(config: EvalConfig) -> dict:
     if not rows:
         raise UserError(f"{config.queries} has no question with positive_ids")
     kinds = sorted({str(row.get("type", "all")) for row in rows})
-    versions = {name: importlib.metadata.version(name) for name in ("numpy", "bm25s", "faiss-cpu", "torch")}
-    result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config), "versions": versions}
+    result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config)}
+    result["versions"] = versions("bm25s", "faiss-cpu")
     for name in kb_retrievers(info):
         retriever, start = load_retriever(config.knowledge_base, name), time.time()
         ranked = [[doc.id for doc in found] for found in retriever.retrieve_batch([row["query"] for row in rows], 10)]

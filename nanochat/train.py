@@ -34,6 +34,7 @@ from tqdm import tqdm
 from nanochat import checkpoint_manager as ckpt
 from nanochat.common import Dist, UserError, human, init_distributed, pick_dtype, print0, write_jsonl
 from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.tokenizer import Tokenizer
 
 
 @dataclass
@@ -144,17 +145,27 @@ def train(
 
     # Where we stand: at the beginning, or where a checkpoint says
     steps = ckpt.list_steps(run) if config.resume else []
-    now = _restore(steps[-1][1], model, optimizer, loader, d) if steps else Progress()
+    stale = bool(steps) and ckpt.is_stale(steps[-1][1], meta or {})
+    if steps and not stale:
+        _check_same_run(steps[-1][1], config, tokenizer)
+        now = _restore(steps[-1][1], model, optimizer, loader, d)
+    else:
+        now = Progress()
     _barrier(d)  # everybody has looked before rank 0 tidies up
     if d.rank == 0:
-        ckpt.clean_run(run) if config.resume else ckpt.put_aside(run)
+        if stale:
+            ckpt.put_aside(run, "not resumed: the checkpoint it started from has been trained anew")
+        elif config.resume:
+            ckpt.clean_run(run)
+        else:
+            ckpt.put_aside(run)
         run.mkdir(parents=True, exist_ok=True)
-    done = run_progress(now.step, now.seconds, config) >= 1.0
+    done = complete = run_progress(now.step, now.seconds, config) >= 1.0
     n_params = sum(p.numel() for p in model.parameters())
     per_step = accumulate * loader.batch_size * loader.sequence_len * d.world_size
     print0(
         f"{source}/{tag}: {human(n_params)} parameters, {human(per_step)} tokens a step, "
-        f"steps {now.step} to {config.num_iterations}{', already complete' if done else ''}"
+        f"steps {now.step} to {config.num_iterations}{', already complete' if complete else ''}"
     )
 
     def save() -> Path:
@@ -218,7 +229,8 @@ def train(
                         now.metrics |= found
                         log.eval(now.step, e.name, found)
             except Exception:  # whatever an evaluation trips over, the training so far is kept
-                save()
+                if d.world_size == 1:  # saving takes all ranks, and the others may be well
+                    save()
                 raise
             if done or stop or (config.save_every and now.step % config.save_every == 0):
                 now.metrics["loss"] = now.loss
@@ -228,6 +240,8 @@ def train(
                 print0(f"stopped by {signal.Signals(stop).name}: saved {saved}; continue with --resume true")
                 sys.exit(128 + stop)
 
+    if not complete and (used := _data_use(loader)):
+        print0(f"{source}/{tag}: {used}")
     return now.metrics | {"step": now.step, "tokens": now.tokens, "minutes": round(now.seconds / 60, 2)}
 
 
@@ -306,7 +320,7 @@ def _open_metrics(path: Path, step: int):
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row["step"] <= step:
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
                 rows.append(row)
     write_jsonl(path, rows)
     return open(path, "a", encoding="utf-8")
@@ -320,6 +334,9 @@ def _micro_batches(config: TrainConfig, loader: Any, d: Dist) -> int:
     """Check the numbers a user can get wrong; the micro-batches each rank does in a step."""
     if config.num_iterations < 1:
         raise UserError(f"--num_iterations {config.num_iterations}: at least 1")
+    for name in ("max_minutes", "total_batch_size", "grad_clip", "eval_every", "save_every", "keep_last"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--{name} {getattr(config, name)}: 0 or more")
     for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} {getattr(config, name)}: between 0 and 1")
@@ -363,6 +380,25 @@ def _keep_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def _check_same_run(path: Path, config: TrainConfig, tokenizer: Any) -> None:
+    """Refuse to continue a run with other data: the loader would go on at a place that is none."""
+    before = ckpt.read_meta(path).get("config", {})
+    same = ("data", "seed", "device_batch_size", "sequence_len")
+    changed = [
+        f"--{name} {getattr(config, name)}, not {before[name]}"
+        for name in same
+        if name in before and hasattr(config, name) and before[name] != getattr(config, name)
+    ]
+    saved = Tokenizer.load(path)
+    if (saved.ranks, saved.pattern) != (tokenizer.ranks, tokenizer.pattern):
+        changed.append("another tokenizer")
+    if changed:
+        raise UserError(
+            f"cannot resume from {path}: this run has {' and '.join(changed)}; "
+            "start it without --resume, or resume with the settings it had"
+        )
+
+
 def _restore(path: Path, model: nn.Module, optimizer: MuonAdamW, loader: Any, d: Dist) -> Progress:
     """Load everything a checkpoint holds into its place."""
     weights, _ = ckpt.load_checkpoint(path)
@@ -395,6 +431,26 @@ def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _data_use(loader: Any) -> str:
+    """How full this process's rows were and what of its data was left out, where that is more than a hundredth.
+
+    Empty for a loader that doesn't count. What a stream passed over is counted since the start or the last resume.
+    """
+    if not hasattr(loader, "packing_efficiency"):
+        return ""
+    parts = [f"rows were {loader.packing_efficiency:.1%} full"]
+    read = (loader.next_index - loader.rank) // loader.world_size
+    for what, why in (("skipped", "without a target"), ("truncated", "longer than a row")):
+        if (n := loader.counts[what]) > read / 100:
+            parts.append(f"{what} {n} of {read} samples ({why})")
+    mix = loader.stream
+    for name, stream in getattr(mix, "streams", {"data": mix}).items():
+        drawn = getattr(mix, "counts", {}).get(name, read)
+        if (n := getattr(stream, "skipped", 0)) > drawn / 100:
+            parts.append(f"{name}: {n} conversations didn't fit into a row and were passed over, {drawn} were drawn")
+    return "; ".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ about documents is not forgotten.
 
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, parent_meta
 from nanochat.common import init_distributed
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
@@ -54,7 +54,7 @@ def main(config: Config) -> dict[str, float]:
     evals = [Eval("chat", config.eval_every, answer_loss(tokenizer, ChatPairs("val"), "chat_val"))]
     return train(
         model, loader, config, source="sft", tokenizer=tokenizer, evals=evals, dist_info=d,
-        meta={"parent": meta["source"], "parent_step": meta["step"]},
+        meta=parent_meta(meta),
     )  # fmt: skip
 
 

@@ -1,78 +1,129 @@
-"""How long will this machine take? Times two steps of each training stage and adds what evaluations usually cost.
+"""How long will the training stages take here? Times a few steps of each, with the flags it is going to be run with.
 
-    python -m scripts.estimate --preset cpu --base "--depth 6 --num_iterations 900" --mid "" --sft "" --rag ""
+    python -m scripts.estimate --preset cpu --base "--depth 6 --n_embd 256 --num_iterations 500" --sft "--num_iterations 60"
 
-speedrun.sh calls it with the flags it is about to use; the stages' own defaults fill in the rest.
+speedrun.sh calls it before it starts. The stages' own defaults fill in what the flags don't say. One process is timed;
+`--nproc` says how many there will be. What isn't measured here is named: either with a figure from elsewhere or without.
 """
 
 import shlex
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nanochat.common import human, init_distributed, pick_dtype, print0
+from nanochat.common import UserError, human, init_distributed, pick_dtype, print0
 from nanochat.config import parse, run
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import build_optimizer
-from scripts import base_train, chat_sft, mid_train, rag_finetune
+from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.train import TrainConfig
+from scripts import base_train, chat_sft, mid_train, rag_finetune, tok_train
 
-OTHER_MINUTES = {"smoke": 2, "cpu": 6, "node": 10}  # tokenizer, knowledge base, evaluations; measured on two cores
+# Minutes of tokenizer, knowledge base and evaluations, on two cores with bf16 units; nobody has run the node preset.
+OTHER_MINUTES = {"smoke": 2, "cpu": 6}
+# Validations and checkpoints between the steps: they made runs of the cpu preset's stages 1.1 to 1.25 times as long.
+BETWEEN_STEPS = 1.2
+STAGES = {
+    "pretraining": ("base", base_train.Config),
+    "midtraining": ("mid", mid_train.Config),
+    "chat SFT": ("sft", chat_sft.Config),
+    "RAG SFT": ("rag", rag_finetune.Config),
+}
 
 
 @dataclass
 class Config:
-    preset: str = "cpu"  # name of the preset, for what isn't training
+    preset: str = "cpu"  # name of the preset, for what isn't measured
+    nproc: int = 1  # processes a training stage will use
+    tok: str = ""  # flags of tok_train, as one string
     base: str = ""  # flags of base_train
     mid: str = ""  # flags of mid_train
     sft: str = ""  # flags of chat_sft
     rag: str = ""  # flags of rag_finetune
+    device: str = ""  # cpu, cuda or mps; empty: the best one present
 
 
-def main(config: Config) -> float:
-    d = init_distributed()
-    dtype = pick_dtype(d.device.type)
-    stages = {
-        "pretraining": parse(base_train.Config, shlex.split(config.base)),
-        "midtraining": parse(mid_train.Config, shlex.split(config.mid)),
-        "chat SFT": parse(chat_sft.Config, shlex.split(config.sft)),
-        "RAG SFT": parse(rag_finetune.Config, shlex.split(config.rag)),
-    }
+def main(config: Config) -> dict[str, float]:
+    """Print the estimate and return the minutes of each stage."""
+    # 1. The stages as they will be run, and the model they train
+    if config.nproc < 1:
+        raise UserError(f"--nproc {config.nproc}: at least 1")
+    d = init_distributed(config.device)
+    vocab_size = parse(tok_train.Config, shlex.split(config.tok)).vocab_size
+    stages = {name: parse(kind, shlex.split(getattr(config, flag))) for name, (flag, kind) in STAGES.items()}
     base = stages["pretraining"]
-    model_config = GPTConfig.from_depth(
-        base.depth, base.block_pattern, vocab_size=8192, sequence_len=base.sequence_len, n_embd=base.n_embd
-    )
-    model = GPT(model_config)
+    model = GPT(GPTConfig.from_depth(base.depth, base.block_pattern, vocab_size=vocab_size, n_embd=base.n_embd))
     model.init_weights()
-    model.set_compute_dtype(dtype).to(d.device)
+    dtype = pick_dtype(d.device.type, base.dtype)
+    model.set_compute_dtype(dtype).to(d.device).train()
     optimizer = build_optimizer(model.param_groups(0, 0, 0, 0, 0), d)
-    total = OTHER_MINUTES.get(config.preset, 5)
-    print0(f"this machine computes in {str(dtype).removeprefix('torch.')} on {d.device.type}")
+    print0(f"this machine computes in {str(dtype).removeprefix('torch.')} on {d.device.type}; about")
+
+    # 2. Time them
+    minutes = {}
     for name, stage in stages.items():
-        shape = (stage.device_batch_size, stage.sequence_len)
-        ids = torch.randint(0, 8192, shape, device=d.device)
-        targets = ids.clone()
-        if name in ("chat SFT", "RAG SFT"):  # a tenth of the tokens is supervised
-            targets[:, torch.arange(shape[1]) % 10 != 0] = -1
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            model(ids, targets).backward()
-            optimizer.step(1.0, 0.9, 1.0)
-            optimizer.zero_grad()
-            if d.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        tokens = max(stage.total_batch_size, shape[0] * shape[1])
-        minutes = min(seconds[1:]) * tokens / (shape[0] * shape[1]) * stage.num_iterations / 60
-        total += minutes
-        rate = shape[0] * shape[1] / min(seconds[1:])
-        print0(f"  {name:12s} about {minutes:5.1f} min ({stage.num_iterations} steps at {human(rate)} tokens/s)")
-    print0(
-        f"  {'the rest':12s} about {OTHER_MINUTES.get(config.preset, 5):5.1f} min\n  in all about {total:.0f} minutes"
-    )
-    return total
+        length = stage.sequence_len or base.sequence_len
+        supervised = 0.1 if name in ("chat SFT", "RAG SFT") else 1.0  # share of tokens that are targets
+        micro, update = time_step(model, optimizer, (stage.device_batch_size, length), supervised)
+        tokens, seconds = step_cost(stage, length, config.nproc, micro, update, d.device.type)
+        minutes[name] = seconds * stage.num_iterations / 60 * BETWEEN_STEPS
+        print0(f"  {name:12s} {minutes[name]:7.1f} min   {stage.num_iterations} steps at {human(tokens / seconds)} tokens/s")
+
+    # 3. And what can't be timed beforehand
+    total = sum(minutes.values())
+    if config.preset in OTHER_MINUTES:
+        rest = OTHER_MINUTES[config.preset]
+        print0(f"  {'the rest':12s} {rest:7.1f} min   not measured here: what it took on two cores with bf16 units")
+        print0(f"  in all {total + rest:.0f} minutes")
+    else:
+        print0(f"  {'the rest':12s}             not measured here: downloads, tokenizer, knowledge base, evaluations")
+        print0(f"  in all {total:.0f} minutes and the rest")
+    if config.nproc > 1:
+        print0("  what processes say to each other, and wait for each other, is not measured here")
+    return minutes
+
+
+def time_step(model: GPT, optimizer: MuonAdamW, shape: tuple[int, int], supervised: float) -> tuple[float, float]:
+    """Seconds of one micro-batch of (rows, tokens) and of one update: the better of two, after one to warm up."""
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.config.vocab_size, shape, device=device)
+    targets = torch.where(torch.rand(shape, device=device) < supervised, ids, -1)
+    micro, update = [], []
+    for _ in range(3):
+        marks = [_now(device)]
+        model(ids, targets).backward()
+        marks.append(_now(device))
+        optimizer.reduce_gradients()
+        optimizer.step(1.0, 0.9, 1.0)
+        optimizer.zero_grad()
+        marks.append(_now(device))
+        micro.append(marks[1] - marks[0])
+        update.append(marks[2] - marks[1])
+    return min(micro[1:]), min(update[1:])
+
+
+def step_cost(
+    stage: TrainConfig, length: int, nproc: int, micro: float, update: float, device: str
+) -> tuple[int, float]:
+    """(tokens, seconds) of one step of `stage`. On a CPU the processes share the cores that one was timed on."""
+    per_micro = stage.device_batch_size * length * nproc
+    accumulate = max(1, stage.total_batch_size // per_micro)
+    return accumulate * per_micro, accumulate * micro * (nproc if device == "cpu" else 1) + update
+
+
+def glue(argv: Sequence[str]) -> list[str]:
+    """`--base VALUE` as `--base=VALUE`: argparse takes a value that begins with a dash for an option of its own."""
+    flags, rest = {"--tok", *(f"--{flag}" for flag, _ in STAGES.values())}, iter(argv)
+    return [f"{arg}={next(rest, '')}" if arg in flags else arg for arg in rest]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, glue(sys.argv[1:]))

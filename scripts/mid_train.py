@@ -3,15 +3,14 @@
     python -m scripts.mid_train --num_iterations 500
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
-Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and two kinds of reading. In one, one
-or two documents have many questions each, every field of the factbook, names and answers exchanged in half of them:
-this dense signal is what turns copying into reading. In the other, up to five documents are cut to three sentences, so
-that finding the right one and citing its number is practised several times a row (docs/LOG.md).
+Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and reading: one or two documents
+with many questions to each, every field of the factbook, names and answers exchanged in half of them. This dense
+signal is what turns copying into reading (docs/LOG.md).
 """
 
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, parent_meta
 from nanochat.common import init_distributed
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
@@ -32,10 +31,9 @@ class Config(TrainConfig):
     sequence_len: int = 512  # tokens per row
     data: str = "embedded"  # text: embedded, fineweb:N, or a folder or file of your own
     conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
-    text_share: float = 0.15  # share of samples that are text,
+    text_share: float = 0.1  # share of samples that are text,
     drill_share: float = 0.05  # drills,
-    chat_share: float = 0.05  # chat pairs,
-    finding_share: float = 0.4  # several short documents; the rest reads one or two whole ones
+    chat_share: float = 0.05  # chat pairs; the rest reads documents
     val_batches: int = 16  # validation batches
     eval_every: int = 100  # steps between validations (0: only at the end)
 
@@ -56,7 +54,6 @@ def main(config: Config) -> dict[str, float]:
     documents = load_documents()
     rows = load_queries("train")
     reading = RAGMix(absent=0.05, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
-    finding = RAGMix(absent=0.15, counterfactual=0.3, follow_up=0.8, max_questions=7, min_docs=2, sentences=3)
     single = [r for r in load_queries("val") if r["type"] == "single"]
     unseen = RAGTask(single, documents, RAGMix(absent=0, counterfactual=0, follow_up=0, max_docs=1))
     streams = {
@@ -64,10 +61,8 @@ def main(config: Config) -> dict[str, float]:
         "drill": drills,
         "chat": ConversationStream(TaskMixture(chat), tokenizer, T + 1, seed),
         "reading": ConversationStream(RAGTask(rows, documents, reading, seed=seed), tokenizer, T + 1, seed),
-        "finding": ConversationStream(RAGTask(rows, documents, finding, seed=seed + 1), tokenizer, T + 1, seed),
     }
     shares = {"text": config.text_share, "drill": config.drill_share, "chat": config.chat_share}
-    shares["finding"] = config.finding_share
     mix = MixStream(streams, shares | {"reading": 1 - sum(shares.values())}, seed, d.world_size)
     loader = PackedLoader(mix, config.device_batch_size, T, d.rank, d.world_size)
 
@@ -80,7 +75,7 @@ def main(config: Config) -> dict[str, float]:
     ]
     return train(
         model, loader, config, source="mid", tokenizer=tokenizer, evals=evals, dist_info=d,
-        meta={"parent": meta["source"], "parent_step": meta["step"]},
+        meta=parent_meta(meta),
     )  # fmt: skip
 
 

@@ -6,17 +6,18 @@
 
 Questions come from `--queries` (default: the `queries/` folder beside the knowledge base). Each is asked over its gold
 document among distractors, half of them what the retriever finds; in a share of examples the gold document is missing
-and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch (tasks/rag_task.py).
-`--block_pattern`, where given, must be that of the checkpoint.
+and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch (tasks/rag_task.py). In
+half of the contexts they are cut to three sentences: finding the right one, citing its number and noticing its absence
+are then practised twice as often per token (docs/LOG.md). `--block_pattern`, where given, must be the checkpoint's.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, parent_meta
 from nanochat.common import UserError, init_distributed, parse_pattern
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
@@ -39,10 +40,11 @@ class Config(TrainConfig):
     top_k: int = 5  # documents in a context, at most
     num_iterations: int = 400  # optimizer steps
     sequence_len: int = 1024  # tokens per row
-    absent: float = 0.2  # share of examples without their gold document (midtraining had a few: a gentle ramp)
+    absent: float = 0.3  # share of examples without their gold document (midtraining had a few: a gentle ramp)
     counterfactual: float = 0.25  # share of examples with names and answers exchanged
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
+    short_share: float = 0.5  # share of contexts whose documents are cut to three sentences
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
 
@@ -70,15 +72,18 @@ def main(config: Config) -> dict[str, float]:
     model.config.sequence_len = max(model.config.sequence_len, config.sequence_len)
 
     # 3. Data
-    mix = RAGMix(config.absent, config.counterfactual, max_docs=config.top_k)
-    reading = RAGTask(train_rows, documents, mix, retrieve_all(manager, train_rows), config.seed)
-    chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
-    limit = config.sequence_len + 1
-    streams = {
-        "reading": ConversationStream(reading, tokenizer, limit, config.seed),
-        "chat": ConversationStream(TaskMixture(chat), tokenizer, limit, config.seed),
+    found = retrieve_all(manager, train_rows)
+    whole = RAGMix(config.absent, config.counterfactual, max_questions=6, max_docs=config.top_k)
+    short = replace(whole, follow_up=0.9, min_docs=min(2, config.top_k), sentences=3)
+    tasks = {
+        "whole": RAGTask(train_rows, documents, whole, found, config.seed),
+        "short": RAGTask(train_rows, documents, short, found, config.seed + 1),
+        "chat": TaskMixture([ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])),
     }
-    shares = {"reading": 1 - config.chat_share, "chat": config.chat_share}
+    shares = {"chat": config.chat_share, "short": config.short_share}
+    shares["whole"] = 1 - sum(shares.values())
+    limit = config.sequence_len + 1
+    streams = {name: ConversationStream(task, tokenizer, limit, config.seed) for name, task in tasks.items()}
     stream = MixStream(streams, shares, config.seed, d.world_size)
     loader = PackedLoader(stream, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
 
@@ -93,7 +98,7 @@ def main(config: Config) -> dict[str, float]:
         evals.append(Eval(name, config.eval_every, reading_eval(tokenizer, task, config.val_examples)))
     return train(
         model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
-        meta={"parent": meta["source"], "parent_step": meta["step"], "knowledge_base": config.knowledge_base},
+        meta=parent_meta(meta) | {"knowledge_base": config.knowledge_base},
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import random
 
 import torch
 
+from nanochat.common import from_main
 from nanochat.tokenizer import Tokenizer
 from tasks.common import MixStream
 
@@ -98,14 +99,14 @@ def climb(
 ) -> dict[str, float]:
     """An evaluation for the training loop that moves the curriculum: raise the level while copying is learned.
 
-    At the top of the ladder, or after `patience` looks, `mix` gets the weights `after`: text takes over. Returns the
-    accuracy of both drills at the level reached, and the level.
+    At the top of the ladder, or after `patience` looks (0: never), `mix` gets the weights `after`: text takes over.
+    Rank 0's accuracy decides for all ranks. Returns the accuracy of both drills at the level reached, and the level.
     """
     top = len(LADDER) - 1
-    while (copy := drill_accuracy(model, stream, "copy", stream.level)) > LEARNED and stream.level < top:
+    while (copy := from_main(drill_accuracy(model, stream, "copy", stream.level))) > LEARNED and stream.level < top:
         stream.level += 1
     recall = drill_accuracy(model, stream, "recall", stream.level)
     stream.looks += 1
-    if mix and after and (stream.looks == patience or (stream.level == top and copy > LEARNED)):
+    if mix and after and (0 < patience <= stream.looks or (stream.level == top and copy > LEARNED)):
         mix.weights = dict(after)
     return {"copy": copy, "recall": recall, "level": stream.level}

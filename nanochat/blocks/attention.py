@@ -7,7 +7,7 @@ another device or dtype, grouped queries, `torch.compile`), blocks/transformer.p
 
 Attention goes by blocks of queries: their scores against the keys up to theirs stay in the cache, blocks above the
 diagonal are never computed. The backward computes the probabilities again from the scores (FlashAttention, 2205.14135);
-kept are q, k, v and a number a query. In bf16 with heads of 64, where the CPU has AMX, the products are in the C++, too:
+kept are q, k, v and a number a query. In bf16 with heads of 64, on CPUs with AMX, the products are in the C++, too:
 library products of that shape take twice as long (8 x 6 x 512: 69 ms of products alone, against 40 for everything).
 
 Symbols: B rows, T tokens, H heads, D head size, R queries of a block, L keys it sees, C = H D.
