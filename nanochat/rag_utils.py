@@ -210,10 +210,13 @@ def judge_retrieval(ranked: Sequence[str], gold: Sequence[str]) -> dict[str, flo
 
 
 def mean_with_intervals(judged: Sequence[dict[str, float]], seed: int = 0) -> dict[str, float]:
-    """Metrics per question -> n, and each metric's mean with the ends of its bootstrap interval (`_lo`, `_hi`)."""
+    """Metrics per question -> n, and each metric's mean with the ends of its bootstrap interval (`_lo`, `_hi`).
+
+    A metric that isn't defined for every question is averaged over those that have it.
+    """
     row: dict[str, float] = {"n": len(judged)}
-    for metric in judged[0]:
-        values = [scores[metric] for scores in judged]
+    for metric in dict.fromkeys(name for scores in judged for name in scores):
+        values = [scores[metric] for scores in judged if metric in scores]
         row[metric] = sum(values) / len(values)
         row[f"{metric}_lo"], row[f"{metric}_hi"] = bootstrap_interval(values, seed)
     return row

@@ -8,14 +8,18 @@ Every row asks questions of `--queries` in another setting:
     oracle              the gold document alone
     oracle_distractors_p1 ... _pk   the gold document at position 1 ... k among what else the retriever finds
     retrieved           what the retriever finds in the whole knowledge base, whether the gold is there or not
+    retrieved_held_out_wording   the same for questions whose `wording` is "held_out": phrased as none in training
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     unanswerable        questions the knowledge base has no answer to, with what the retriever finds: should abstain
     two_hop             two-hop questions with both gold documents among three distractors
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
 
-f1 and em are those of the answer without its citations, the best over accepted variants. hallucination: answered,
-and no shown document holds the answer. citation precision and recall are over gold ids. Intervals are 95 % bootstrap.
+Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
+those of the answer without its citations, the best over accepted variants. hallucination: answered, and no shown
+document holds the answer. Citation precision and recall are over gold ids, averaged over the `citation_n` questions
+that were answered and could be; a single-hop question's recall is 1 if any of its gold documents is cited. Intervals
+are 95 % bootstrap.
 """
 
 import random
@@ -23,9 +27,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
-from nanochat.checkpoint_manager import load_model, versions
-from nanochat.common import UserError, init_distributed, print0, write_json, write_jsonl
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, init_distributed, print0, versions, write_json, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.engine import Engine
@@ -33,18 +38,18 @@ from nanochat.rag_utils import (
     ABSTENTION,
     all_gold_at_k,
     answer_f1,
-    bootstrap_interval,
     citation_precision_recall,
     exact_match,
     extract_citations,
     hallucination,
     is_abstention,
-    is_supported,
+    mean_with_intervals,
     recall_at_k,
     strip_citations,
 )
 from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
+from tasks.rag_task import states_answer
 
 
 @dataclass
@@ -70,6 +75,9 @@ def main(config: Config) -> dict:
     # 1. Model, knowledge base, questions
     if not config.knowledge_base or not config.queries:
         raise UserError("--knowledge_base and --queries are needed, e.g. KB and Q/test.jsonl")
+    for name in ("top_k", "max_examples", "batch_size", "max_tokens"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     d = init_distributed(config.device)
     manager = RetrievalManager(retriever_type=config.retriever_type, knowledge_base_path=config.knowledge_base)
     documents = {doc.id: doc for doc in manager.documents}
@@ -79,16 +87,15 @@ def main(config: Config) -> dict:
     )
     engine = Engine(model, tokenizer)
 
-    # 2. The questions of each type, and what the retriever finds for them
+    # 2. The questions of each kind, and what the retriever finds for them
+    rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
+    pools = {kind: [r for r in rows if r["type"] == kind] for kind in ("single", "two_hop", "unanswerable")}
+    pools["held_out"] = [r for r in pools["single"] if r.get("wording") == "held_out"]
     rng = random.Random(config.seed)
-    by_type = {
-        kind: rng.sample(found, min(config.max_examples, len(found)))
-        for kind in ("single", "two_hop", "unanswerable")
-        if (found := [r for r in rows if r["type"] == kind and all(p in documents for p in r["positive_ids"])])
-    }
+    by_type = {kind: rng.sample(pool, min(config.max_examples, len(pool))) for kind, pool in pools.items() if pool}
     if "single" not in by_type:
         raise UserError(f"{config.queries} has no single-hop question whose gold documents are in this knowledge base")
-    asked = [r for kind in by_type.values() for r in kind]
+    asked = list({r["id"]: r for kind in by_type.values() for r in kind}.values())
     deep = manager.retrieve_batch([r["query"] for r in asked], config.top_k + 10)
     found = {r["id"]: docs for r, docs in zip(asked, deep)}
 
@@ -97,14 +104,26 @@ def main(config: Config) -> dict:
 
     def without_answer(row: dict) -> list[Document]:
         """Retrieved documents that aren't gold and don't hold the answer about the same entity."""
-        return [doc for doc in found[row["id"]] if doc.id not in row["positive_ids"] and not _holds(doc, row)]
+        return [doc for doc in found[row["id"]] if _is_distractor(doc, row)]
+
+    def distractors(row: dict, n: int) -> list[Document]:
+        """`n` of them; where the retriever found fewer, random documents of the knowledge base fill up."""
+        docs = without_answer(row)[:n]
+        if len(docs) < n:
+            have = {doc.id for doc in docs}
+            order = random.Random(f"{config.seed}/{row['id']}").sample(manager.documents, len(documents))
+            more = (doc for doc in order if doc.id not in have and _is_distractor(doc, row))
+            docs += islice(more, n - len(docs))
+        if len(docs) < n:
+            raise UserError(f"the knowledge base has too few documents for --top_k {config.top_k}; lower it")
+        return docs
 
     def at_position(row: dict, p: int) -> list[Document]:
-        docs = without_answer(row)[: config.top_k - 1]
+        docs = distractors(row, config.top_k - 1)
         return docs[: p - 1] + gold(row)[:1] + docs[p - 1 :]
 
     def among(row: dict, golds: list[Document]) -> list[Document]:
-        docs = golds + without_answer(row)[: config.top_k - len(golds)]
+        docs = golds + distractors(row, max(0, config.top_k - len(golds)))
         return random.Random(row["id"]).sample(docs, len(docs))
 
     settings: dict[str, tuple[str, Callable[[dict], list[Document]]]] = {
@@ -112,22 +131,24 @@ def main(config: Config) -> dict:
         "oracle": ("single", lambda r: gold(r)[:1]),
         **{f"oracle_distractors_p{p}": ("single", partial(at_position, p=p)) for p in range(1, config.top_k + 1)},
         "retrieved": ("single", lambda r: found[r["id"]][: config.top_k]),
+        "retrieved_held_out_wording": ("held_out", lambda r: found[r["id"]][: config.top_k]),
         "distractors_only": ("single", lambda r: without_answer(r)[: config.top_k]),
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
     }
-    wanted = [name.strip() for name in config.rows.split(",") if name.strip()] or list(settings)
+    wanted = [name.strip() for name in config.rows.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in settings]:
         raise UserError(f"--rows {unknown[0]}: choose from {', '.join(settings)}")
+    wanted = wanted or [name for name, (kind, _) in settings.items() if kind in by_type]
+    if empty := [name for name in wanted if settings[name][0] not in by_type]:
+        raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
 
     # 3. Ask and judge
     table, log = {}, []
     for name in wanted:
         kind, choose = settings[name]
-        if kind not in by_type:
-            continue
         questions = by_type[kind]
         shown = [choose(r) for r in questions]
         if name == "always_abstain":
@@ -138,7 +159,8 @@ def main(config: Config) -> dict:
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
             answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=True)
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
-        table[name] = summarize(judged, config.seed)
+        cited = sum("citation_precision" in scores for scores in judged)
+        table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
         log += [
             {"row": name, "id": r["id"], "query": r["query"], "answer": a, "answers": r["answers"],
              "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"]}
@@ -192,25 +214,9 @@ def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
     return out
 
 
-def summarize(judged: list[dict[str, float]], seed: int) -> dict[str, float]:
-    """Means with 95 % bootstrap intervals, each over the answers it is defined for."""
-    out: dict[str, float] = {"n": len(judged)}
-    for key in sorted({k for j in judged for k in j}, key=list(COLUMNS).index):
-        values = [j[key] for j in judged if key in j]
-        out[key] = sum(values) / len(values)
-        if key in ("f1", "em", "abstention", "over_abstention", "hallucination"):
-            out[f"{key}_lo"], out[f"{key}_hi"] = bootstrap_interval(values, seed=seed)
-    return out
-
-
-COLUMNS = ("f1", "em", "citation_precision", "citation_recall", "hallucination", "abstention", "over_abstention",
-           "recall@k", "all_gold")  # fmt: skip
-
-
-def _holds(doc: Document, row: dict) -> bool:
-    """Whether a document that isn't marked gold states the answer all the same: same country, answer in its text."""
-    country = row.get("country", "")
-    return (not country or country in doc.title) and any(is_supported(a, [doc]) for a in row["answers"])
+def _is_distractor(doc: Document, row: dict) -> bool:
+    """Neither gold nor, though not marked so, an answer all the same."""
+    return doc.id not in row["positive_ids"] and not states_answer(doc, row)
 
 
 def _first_entity(docs: list[Document]) -> str:

@@ -16,12 +16,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.rag_utils import ABSTENTION, answer_f1, exact_match, is_abstention, strip_citations
+from nanochat.rag_utils import ABSTENTION, answer_f1, exact_match, is_abstention, is_supported, strip_citations
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task, whole_word
 
@@ -93,7 +94,9 @@ class RAGTask(Task):
             more = [r for d in ids for r in self.by_doc.get(d, []) if r is not row]
             more = rng.sample(more, min(len(more), rng.randint(1, mix.max_questions - 1)))
             if mix.absent and len(more) > 2 and rng.random() < 0.5:  # a question none of these documents answers
-                more[-1] = rng.choice(self.rows)
+                other = rng.choice(self.rows)
+                if not any(states_answer(doc, other) for doc in shown if doc["id"] not in other["positive_ids"]):
+                    more[-1] = other
             questions += more
         if mix.sentences:
             for doc in shown:
@@ -132,7 +135,7 @@ class RAGTask(Task):
                 doc = rng.choice(nearby)
             else:
                 doc = rng.choice(self.ids)
-            if doc not in row["positive_ids"] and doc not in found:
+            if doc not in row["positive_ids"] and doc not in found and not states_answer(self.documents[doc], row):
                 found.append(doc)
         return found
 
@@ -184,6 +187,15 @@ def shorten(text: str, answers: Sequence[str], n: int, rng: random.Random) -> st
     others = [i for i in range(len(sentences)) if i not in needed]
     extra = rng.sample(others, min(len(others), max(0, n - len(needed))))
     return " ".join(sentences[i] for i in sorted(needed + extra))
+
+
+def states_answer(doc: Any, row: dict) -> bool:
+    """Whether a document, marked as gold or not, answers the question: it is about its country and holds an answer.
+
+    `doc` is a Document or its JSON form. A question without a country is about any document.
+    """
+    title = doc["title"] if isinstance(doc, dict) else doc.title
+    return row.get("country", "") in title and any(is_supported(answer, [doc]) for answer in row["answers"])
 
 
 SYLLABLES = (

@@ -275,14 +275,61 @@ def test_our_own_bugs_keep_their_traceback():
         run(main, Config, [])
 
 
-def test_other_ranks_leave_the_message_to_rank_0(monkeypatch, capsys):
+def test_every_rank_tells_its_own_mistake(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as end:
         run(main, Config, ["--nonsense"])
-    assert end.value.code == 2 and capsys.readouterr().err == ""
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("[rank 1] error: unknown option --nonsense") and err.count("\n") == 1
 
 
 def test_without_arguments_it_reads_those_of_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "--depth", "8"])
     run(main, Config)
     assert capsys.readouterr().out == "8\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices, and files that are written whole
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "message"),
+    [
+        ("cuda:9", 0, "--device cuda:9: the GPUs here are numbered from 0 to 1"),
+        ("cuda", 2, "more processes than GPUs; start torchrun with --nproc_per_node=2"),
+        ("cuda:x", 0, "choose cpu, cuda or mps"),
+        ("toaster", 0, "choose cpu, cuda or mps"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_line(device, local_rank, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(UserError, match=message):
+        init_distributed(device)
+
+
+def test_ranks_wait_for_a_download(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: asked.update(options))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert init_distributed("cpu").world_size == 2 and asked["timeout"].total_seconds() == 7200
+
+
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "kb").mkdir()
+    (tmp_path / "kb" / "old").write_text("old")
+    real, calls = os.replace, []
+
+    def second_fails(a, b):
+        calls.append(a)
+        if len(calls) == 2:
+            raise PermissionError(13, "Permission denied")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(PermissionError), atomic_dir(tmp_path / "kb") as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["kb"] and (tmp_path / "kb" / "old").read_text() == "old"

@@ -75,13 +75,15 @@ def noisy_loss(model, inputs, targets):
     return mean_loss(model, inputs, targets) * (1 + 0.01 * float(noise))
 
 
-def tiny_run(tag="d2", loss_fn=noisy_loss, evals=(), dist_info=CPU, loader=None, model=None, **options):
+def tiny_run(
+    tag="d2", loss_fn=noisy_loss, evals=(), dist_info=CPU, loader=None, model=None, meta=None, tokenizer=BYTES, **options
+):
     """Train the tiny model for eight steps; what `train` returns."""
     options = {"num_iterations": 8, "dtype": "float32", "device": "cpu", "model_tag": tag} | options
     loader = loader or PackedLoader(Counting(), 2, 32, dist_info.rank, dist_info.world_size, buffer_size=20)
     return train(
-        model or tiny_model(), loader, TrainConfig(**options), source="base", tokenizer=BYTES, loss_fn=loss_fn,
-        evals=evals, dist_info=dist_info,
+        model or tiny_model(), loader, TrainConfig(**options), source="base", tokenizer=tokenizer,
+        loss_fn=loss_fn, evals=evals, dist_info=dist_info, meta=meta,
     )  # fmt: skip
 
 
@@ -219,6 +221,65 @@ def test_a_finished_run_is_not_trained_again():
     assert tiny_run(resume=True, model=tiny_model(seed=5)) == first
 
 
+def test_resuming_with_other_data_is_refused_with_what_differs():
+    tiny_run(num_iterations=2)
+    other = Tokenizer({bytes([i]): 255 - i for i in range(256)})  # as many tokens, but others
+    for change, message in (
+        ({"seed": 7}, "this run has --seed 7, not 1337; start it without --resume"),
+        ({"device_batch_size": 4, "sequence_len": 16}, "--device_batch_size 4, not 8 and --sequence_len 16, not 0"),
+        ({"tokenizer": other}, "another tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            tiny_run(resume=True, **change)
+        one_line(error)
+    assert tiny_run(resume=True, lr_scale=0.5, save_every=1)["step"] == 8  # what doesn't touch the data may change
+
+
+def test_a_stage_whose_parent_was_retrained_starts_afresh(capsys):
+    parent = lambda sha: ckpt.parent_meta({"source": "base", "step": 3, "model_file": {"sha256": sha}})
+    tiny_run(num_iterations=4, meta=parent("a"))
+    assert "already complete" not in capsys.readouterr().out
+    tiny_run(num_iterations=4, meta=parent("a"), resume=True)
+    assert "already complete" in capsys.readouterr().out
+    tiny_run(num_iterations=3, meta=parent("b"), resume=True, seed=5)
+    assert "the checkpoint it started from has been trained anew" in capsys.readouterr().out
+    assert find_checkpoint("base").name == "step_000003" and len(losses()) == 3
+    assert ckpt.read_meta(find_checkpoint("base"))["parent_sha256"] == "b"
+    assert find_checkpoint("base", "d2.old").name == "step_000004"
+    own = ckpt.read_meta(find_checkpoint("base"))  # a run that names its own folder as where it starts from
+    assert tiny_run(num_iterations=5, meta=ckpt.parent_meta(own), resume=True, seed=5)["step"] == 5
+    assert len(losses()) == 5
+
+
+def test_what_was_left_out_is_told_at_the_end(capsys):
+    class TooLong(Counting):
+        skipped = 9
+
+        def sample(self, i):
+            return (np.zeros(99, int), np.ones(99)) if i % 5 == 0 else super().sample(i)
+
+    tiny_run(loader=PackedLoader(TooLong(), 2, 32, buffer_size=20))
+    [told] = [line for line in capsys.readouterr().out.splitlines() if "full" in line]
+    assert "truncated" in told and "samples (longer than a row)" in told and "9 conversations" in told
+    assert "skipped" not in told  # every sample had a target
+    tiny_run(resume=True, loader=PackedLoader(TooLong(), 2, 32, buffer_size=20))
+    assert "full" not in capsys.readouterr().out  # nothing was trained
+
+
+def test_metrics_that_are_no_rows_of_ours_do_not_stop_a_resume():
+    tiny_run(num_iterations=4)
+    with open(ckpt.run_dir("base", "d2") / "metrics.jsonl", "a") as f:
+        f.write('[1]\nnull\n7\n{"note": 1}\n{"step": "two"}\n{"step": 9, "lo')
+    tiny_run(resume=True)
+    assert len(losses()) == 8
+
+
+def test_an_evaluation_that_fails_keeps_the_training_so_far():
+    with pytest.raises(ZeroDivisionError):
+        tiny_run(evals=[Eval("", 3, lambda m: 1 / 0)])
+    assert find_checkpoint("base").name == "step_000003"
+
+
 def test_a_new_run_puts_an_old_one_of_its_name_aside():
     tiny_run(num_iterations=4)
     tiny_run(num_iterations=2)
@@ -254,6 +315,18 @@ try:
 except SystemExit as e:
     assert e.code == 143
 run("cut", resume=True)
+def fail(model):
+    if d.rank == 1:
+        raise ZeroDivisionError  # on one rank only: saving would wait for the other for ever
+    return {}
+from nanochat.common import from_main
+assert from_main(d.rank) == 0
+try:
+    run("failed", evals=[Eval("", 0, fail)])
+    assert d.rank == 0
+except ZeroDivisionError:
+    assert d.rank == 1
+    torch.distributed.barrier = lambda: None
 cleanup_distributed()
 """
 
@@ -349,7 +422,7 @@ def flip_a_byte(path):
 
 def not_safetensors(path):
     (path / "model.safetensors").write_bytes(b"hello" * 100)
-    damage(path, lambda m: m["model_file"].update(bytes=500, sha256=ckpt._sha256(path / "model.safetensors")))
+    damage(path, lambda m: m["model_file"].update(bytes=500, sha256=ckpt.sha256_of(path / "model.safetensors")))
 
 
 def smaller_tokenizer(path):
@@ -408,6 +481,17 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_is(arguments, message
     one_line(error)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bad, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight[0, 0] = bad
+    path = ckpt.save_checkpoint(tmp_path / "run", 1, model, BYTES, {}, {}, CPU)
+    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up\.weight holds NaN or infinity") as error:
+        load_model(str(path))
+    one_line(error)
+
+
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
     model = tiny_model()
     model.lm_head.weight = model.wte.weight
@@ -419,7 +503,17 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"total_batch_size": 100}, "try 128"), ({"num_iterations": 0}, "at least 1"), ({"warmup_ratio": 2.0}, "between")],
+    [
+        ({"total_batch_size": 100}, "try 128"),
+        ({"num_iterations": 0}, "at least 1"),
+        ({"warmup_ratio": 2.0}, "between"),
+        ({"total_batch_size": -64}, "--total_batch_size -64: 0 or more"),
+        ({"keep_last": -1}, "--keep_last -1"),
+        ({"eval_every": -1}, "--eval_every -1"),
+        ({"save_every": -3}, "--save_every -3"),
+        ({"grad_clip": -1.0}, "--grad_clip"),
+        ({"max_minutes": float("nan")}, "--max_minutes nan"),
+    ],
 )
 def test_impossible_settings_are_refused_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
