@@ -118,14 +118,16 @@ elif [ "$gpus" -gt 0 ]; then
 elif [ -n "$(nvidia-smi --list-gpus 2>/dev/null || true)" ]; then
     echo "NOTE: there is a GPU, but this PyTorch doesn't see it (a CPU build?); README.md says how to choose a build."
 fi
-python -m scripts.estimate --preset "$preset" --nproc "$NPROC" --tok "$tok" \
-    --base "$common $base" --mid "$common $mid" --sft "$common $sft" --rag "$common $rag" || {
-    [ $? -ne 130 ] || exit 130 # Ctrl-C
+# to a first run it tells how long; a failed estimate is no reason to stop, Ctrl-C is
+[ -f "$out/evals/rag_eval.json" ] ||
+    python -m scripts.estimate --preset "$preset" --nproc "$NPROC" --tok "$tok" \
+        --base "$common $base" --mid "$common $mid" --sft "$common $sft" --rag "$common $rag" || {
+    [ $? -ne 130 ] || exit 130
     echo "no estimate for this machine; going on without"
 }
 
-# all processes of a training stage would wait for the one that downloads, longer than they are allowed to
-download='
+# one process alone: those of a training stage would all wait for the one that downloads, for hours perhaps
+download='# all shards, train and val
 import sys
 from nanochat.common import UserError
 from nanochat.dataset import load_texts

@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -138,6 +139,11 @@ def _formatter() -> type:
     class Formatter(simple_parsing.help_formatter.SimpleHelpFormatter):
         def __init__(self, prog: str):
             super().__init__(prog, max_help_position=34, width=min(120, int(os.environ.get("COLUMNS", "120"))))
+
+        def _expand_help(self, action) -> str:
+            # "95 % of" in a comment is no format
+            action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
+            return super()._expand_help(action)
 
         def _format_action_invocation(self, action) -> str:
             """One spelling an option; simple-parsing would list --top_k, --top-k and --no… in random order."""

@@ -2,15 +2,16 @@
 
     python -m scripts.base_eval --source base --output base_eval.json
 
-The cloze items are sentences of the factbook up to a fact, with three other countries' values as wrong choices. Facts
-of training countries stood in the pretraining text; those of validation countries did not and are the baseline beside
-them (what guessing from the form of an answer gives); chance is 0.25.
+The cloze items are sentences of the factbook up to a fact, with three other countries' values as wrong choices; chance
+is 0.25. A model pretrained on the embedded corpus has read the passages of training countries but not those of
+validation countries, which are then the baseline: what guessing from the form of an answer gives. Other text, such as
+FineWeb, keeps nobody's facts apart; the two rows then say only how much the model knows of either.
 """
 
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model, versions
-from nanochat.common import init_distributed, print0, write_json
+from nanochat.common import UserError, init_distributed, print0, write_json
 from nanochat.config import run
 from nanochat.core_eval import multiple_choice
 from nanochat.loss_eval import text_validation
@@ -27,13 +28,16 @@ class Config:
     val_batches: int = 64  # batches of text
     device_batch_size: int = 8  # rows a batch
     sequence_len: int = 0  # tokens a row; 0: the model's context
-    max_examples: int = 500  # cloze items a split
+    max_examples: int = 500  # cloze items of each split
     seed: int = 0  # which cloze items
     device: str = ""  # cpu, cuda or mps; empty: the best one present
     output: str = ""  # write the results here as JSON
 
 
 def main(config: Config) -> dict:
+    for name in ("max_examples", "val_batches", "device_batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     d = init_distributed(config.device)
     model, tokenizer, meta = load_model(
         config.source, d.device, model_tag=config.model_tag or None, step=config.step or None

@@ -3,10 +3,12 @@
     python -m scripts.chat_eval --source sft --output chat_eval.json
 
 Each row stands for the model and, beside it, for the stage it came from (`--baseline`), which is what fine-tuning has
-to beat. memory_*: closed-book questions about training countries and, as a floor, validation countries; reading: one
-document and a question about a validation country.
+to beat, on the same questions. memory_*: closed-book questions about training countries and, as a floor, validation
+countries; reading: one document and a question about a validation country.
 """
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model, versions
@@ -14,7 +16,7 @@ from nanochat.common import UserError, init_distributed, print0, write_json
 from nanochat.config import run
 from nanochat.engine import Engine
 from nanochat.rag_utils import answer_f1, exact_match
-from tasks.common import answer_loss
+from tasks.common import Task, answer_loss
 from tasks.factbook import ChatPairs, FactbookQA, load_documents, load_queries
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
 
@@ -34,25 +36,35 @@ class Config:
 
 
 def main(config: Config) -> dict:
+    # 1. Both models, and what they are asked
+    for name in ("max_examples", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     d = init_distributed(config.device)
-    if config.max_examples < 1:
-        raise UserError(f"--max_examples {config.max_examples}: at least 1")
-    rows, stages = {}, [config.source] + ([config.baseline] if config.baseline else [])
-    for stage in stages:
-        step = config.step if stage == config.source else 0
-        model, tokenizer, _ = load_model(stage, d.device, model_tag=config.model_tag or None, step=step or None)
-        engine, n = Engine(model, tokenizer), config.max_examples
-        chat = ChatPairs("val")
-        rows[f"{stage}/chat"] = {"n": min(n, len(chat)), **answer_loss(tokenizer, chat, "answer", n)(model)}
-        for split in ("train", "val"):
-            task = FactbookQA(split)
-            rows[f"{stage}/memory_{split}_countries"] = memory(engine, task, n, config)
-        single = [r for r in load_queries("val") if r["type"] == "single"]
-        one = RAGTask(single, load_documents(), RAGMix(absent=0, counterfactual=0, follow_up=0, max_docs=1))
-        rows[f"{stage}/reading"] = {"n": n, **reading_eval(tokenizer, one, n)(model)}
+    stages = {config.baseline: 0, config.source: config.step}  # the step asked for is the model's, not the baseline's
+    models = {
+        stage: load_model(stage, d.device, model_tag=config.model_tag or None, step=stages[stage] or None)
+        for stage in (config.source, config.baseline)
+        if stage
+    }
+    chat = pick(ChatPairs("val"), config)
+    memory = {split: pick(FactbookQA(split), config) for split in ("train", "val")}
+    single = pick([r for r in load_queries("val") if r["type"] == "single"], config)
+    one = RAGMix(absent=0, counterfactual=0, follow_up=0, max_docs=1)
+    reading = RAGTask(single, load_documents(), one, seed=config.seed)
+
+    # 2. Ask them
+    rows = {}
+    for stage, (model, tokenizer, _) in models.items():
+        engine = Engine(model, tokenizer)
+        rows[f"{stage}/chat"] = {"n": len(chat), **answer_loss(tokenizer, chat, "answer", len(chat))(model)}
+        for split, conversations in memory.items():
+            rows[f"{stage}/memory_{split}_countries"] = closed_book(engine, conversations, config.batch_size)
+        found = reading_eval(tokenizer, reading, len(reading))(model)
+        rows[f"{stage}/reading"] = {"n": len(reading), **found}
         if stage == config.source:
-            for i in range(min(config.show, len(chat))):
-                prompt = {"messages": chat[i]["messages"][:1]}
+            for conversation in chat[: config.show]:
+                prompt = {"messages": conversation["messages"][:1]}
                 print0(f"  {prompt['messages'][0]['content']}\n    -> {engine.answer(prompt, 40)}")
     for name, row in rows.items():
         print0(f"{name:28s}" + "  ".join(f"{k} {v:.3g}" for k, v in row.items()))
@@ -62,16 +74,19 @@ def main(config: Config) -> dict:
     return result
 
 
-def memory(engine: Engine, task: FactbookQA, n: int, config: Config) -> dict[str, float]:
-    """F1 and exact match of `n` closed-book questions."""
-    n = min(n, len(task))
-    step = max(1, len(task) // n)
-    picked = [task[i] for i in range(0, n * step, step)]
-    asked = [{"messages": c["messages"][:1]} for c in picked]
-    wanted = [c["messages"][1]["content"].rstrip(".") for c in picked]
-    got = engine.answer_batch(asked, config.batch_size, 32)
-    f1 = sum(answer_f1(g, [w]) for g, w in zip(got, wanted)) / n
-    return {"n": n, "f1": f1, "em": sum(exact_match(g, [w]) for g, w in zip(got, wanted)) / n}
+def pick(items: Sequence | Task, config: Config) -> list[dict]:
+    """`max_examples` of the items, or all if there are fewer; the seed says which."""
+    n = min(config.max_examples, len(items))
+    return [items[i] for i in random.Random(config.seed).sample(range(len(items)), n)]
+
+
+def closed_book(engine: Engine, conversations: list[dict], batch_size: int) -> dict[str, float]:
+    """F1 and exact match of the answers to closed-book questions."""
+    wanted = [c["messages"][1]["content"].rstrip(".") for c in conversations]
+    got = engine.answer_batch([{"messages": c["messages"][:1]} for c in conversations], batch_size, 32)
+    f1 = [answer_f1(g, [w]) for g, w in zip(got, wanted)]
+    em = [exact_match(g, [w]) for g, w in zip(got, wanted)]
+    return {"n": len(f1), "f1": sum(f1) / len(f1), "em": sum(em) / len(em)}
 
 
 if __name__ == "__main__":

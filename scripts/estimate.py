@@ -1,9 +1,10 @@
 """How long will the training stages take here? Times a few steps of each, with the flags it is going to be run with.
 
-    python -m scripts.estimate --preset cpu --base "--depth 6 --n_embd 256 --num_iterations 500" --sft "--num_iterations 60"
+    python -m scripts.estimate --base "--depth 6 --n_embd 256 --num_iterations 500" --sft "--num_iterations 60"
 
 speedrun.sh calls it before it starts. The stages' own defaults fill in what the flags don't say. One process is timed;
-`--nproc` says how many there will be. What isn't measured here is named: either with a figure from elsewhere or without.
+`--nproc` says how many there will be. What can't be measured beforehand is named, with a figure from elsewhere if
+there is one.
 """
 
 import shlex
@@ -35,6 +36,8 @@ STAGES = {
 
 @dataclass
 class Config:
+    """What is about to be run."""
+
     preset: str = "cpu"  # name of the preset, for what isn't measured
     nproc: int = 1  # processes a training stage will use
     tok: str = ""  # flags of tok_train, as one string
@@ -62,26 +65,29 @@ def main(config: Config) -> dict[str, float]:
     print0(f"this machine computes in {str(dtype).removeprefix('torch.')} on {d.device.type}; about")
 
     # 2. Time them
+    known = config.preset in OTHER_MINUTES
     minutes = {}
     for name, stage in stages.items():
         length = stage.sequence_len or base.sequence_len
         supervised = 0.1 if name in ("chat SFT", "RAG SFT") else 1.0  # share of tokens that are targets
         micro, update = time_step(model, optimizer, (stage.device_batch_size, length), supervised)
         tokens, seconds = step_cost(stage, length, config.nproc, micro, update, d.device.type)
-        minutes[name] = seconds * stage.num_iterations / 60 * BETWEEN_STEPS
-        print0(f"  {name:12s} {minutes[name]:7.1f} min   {stage.num_iterations} steps at {human(tokens / seconds)} tokens/s")
+        minutes[name] = seconds * stage.num_iterations / 60 * (BETWEEN_STEPS if known else 1)
+        rate = human(tokens / seconds)
+        print0(f"  {name:12s} {minutes[name]:7.1f} min   {stage.num_iterations} steps at {rate} tokens/s")
 
     # 3. And what can't be timed beforehand
     total = sum(minutes.values())
-    if config.preset in OTHER_MINUTES:
+    if known:
         rest = OTHER_MINUTES[config.preset]
-        print0(f"  {'the rest':12s} {rest:7.1f} min   not measured here: what it took on two cores with bf16 units")
-        print0(f"  in all {total + rest:.0f} minutes")
+        print0(f"  {'the rest':12s} {rest:7.1f} min   not measured here: as on two cores with bf16 units")
+        print0(f"  in all {total + rest:.0f} minutes; a sixth of the stages is for validations, as measured elsewhere")
     else:
-        print0(f"  {'the rest':12s}             not measured here: downloads, tokenizer, knowledge base, evaluations")
+        rest = "downloads, tokenizer, knowledge base, validations, evaluations"
+        print0(f"  {'the rest':12s} {'':7s}       not measured here: {rest}")
         print0(f"  in all {total:.0f} minutes and the rest")
     if config.nproc > 1:
-        print0("  what processes say to each other, and wait for each other, is not measured here")
+        print0("  what processes cost each other by talking and waiting is not measured here")
     return minutes
 
 

@@ -2,16 +2,19 @@
 
     python -m scripts.tok_eval --output tok_eval.json
 
-Bytes per token on held-out text: the embedded corpus's validation split, factbook questions of the validation
-countries, and a sample of numbers, code and other scripts. tiktoken fetches the other two from the network; without
-one they are left out, and it says so.
+Bytes per token on samples of held-out text (the validation split of `--data`), of factbook passages and questions of
+validation countries, and on a little code, numbers and other scripts. tiktoken fetches the other two tokenizers from
+the network; without one they are left out, and it says so.
 """
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tiktoken
 
-from nanochat.common import get_base_dir, print0, write_json
+from nanochat.common import UserError, get_base_dir, print0, write_json
 from nanochat.config import run
 from nanochat.dataset import load_texts
 from nanochat.tokenizer import Tokenizer
@@ -28,11 +31,13 @@ SAMPLES = {
 class Config:
     output: str = ""  # write the table here as JSON
     data: str = "embedded"  # held-out text: embedded, fineweb:N, or a folder or file
-    max_examples: int = 500  # documents and questions to encode
-    seed: int = 0  # unused here: the first documents are taken; every evaluation script has it
+    max_examples: int = 500  # documents, passages and questions to encode, of each
+    seed: int = 0  # which ones
 
 
 def main(config: Config) -> dict:
+    if config.max_examples < 1:
+        raise UserError(f"--max_examples {config.max_examples}: at least 1")
     ours = Tokenizer.load(get_base_dir() / "tokenizer")
     encoders = {"ours": ours.encode}
     for name in ("gpt2", "cl100k_base"):
@@ -40,11 +45,16 @@ def main(config: Config) -> dict:
             encoders[name] = tiktoken.get_encoding(name).encode_ordinary
         except Exception as e:  # tiktoken raises whatever its HTTP library does
             print0(f"{name}: not cached and not downloadable here ({type(e).__name__}); left out")
-    texts = load_texts(config.data, "val")
+
+    def sample(items: Sequence) -> list[Any]:
+        picked = random.Random(config.seed).sample(range(len(items)), min(config.max_examples, len(items)))
+        return [items[i] for i in sorted(picked)]  # in order: a parquet file is read by groups of rows
+
+    passages = [d["content"] for d in load_documents().values() if d["split"] == "val"]
     samples = {
-        "text": "\n".join(texts[i] for i in range(min(len(texts), config.max_examples))),
-        "factbook passages": "\n".join(d["content"] for d in load_documents().values() if d["split"] == "val"),
-        "questions": "\n".join(r["query"] for r in load_queries("val")[: config.max_examples]),
+        "text": "\n".join(sample(load_texts(config.data, "val"))),
+        "factbook passages": "\n".join(sample(passages)),
+        "questions": "\n".join(r["query"] for r in sample(load_queries("val"))),
         **SAMPLES,
     }
     rows = {}

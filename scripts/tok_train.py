@@ -1,9 +1,10 @@
-"""Train the tokenizer: byte pairs from the corpus and the training part of the knowledge base.
+"""Train the tokenizer: byte pairs of a text.
 
     python -m scripts.tok_train                          # 8192 tokens from the embedded corpus, in seconds
     python -m scripts.tok_train --vocab_size 32768 --data fineweb:8
 
-Writes $NANOCHAT_BASE_DIR/tokenizer/tokenizer.json.
+The embedded corpus holds the factbook's text on training countries, so the tokens fit the knowledge base as well; with
+another text they know only that. Writes $NANOCHAT_BASE_DIR/tokenizer/tokenizer.json.
 """
 
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from nanochat.common import get_base_dir, print0
+from nanochat.common import UserError, get_base_dir, print0
 from nanochat.config import run
 from nanochat.dataset import load_texts
 from nanochat.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ class Config:
 
 
 def main(config: Config) -> Tokenizer:
+    for name in ("max_chars", "doc_cap"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     texts = load_texts(config.data, "train")
 
     def read() -> Iterator[str]:

@@ -7,10 +7,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.common import UserError
+from nanochat.common import UserError, atomic_dir, init_distributed
 from nanochat.config import load_config_file, parse, run
 
 SCRIPTS = sorted(p.stem for p in (Path(__file__).parent.parent / "scripts").glob("[!_]*.py"))

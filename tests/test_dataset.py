@@ -1,6 +1,7 @@
 """Text sources: every format, stable validation splits, one line for what can't be read, epochs as permutations."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -218,6 +219,20 @@ def test_every_epoch_is_another_permutation_of_all_documents(n, seed):
         assert epochs[0] != epochs[1] != epochs[2]
     again = TextStream(texts, BYTES, seed)  # any sample can be asked for at any time: that is what resuming needs
     assert [again.sample(i) for i in (2 * n, 0, n)] == [stream.sample(i) for i in (2 * n, 0, n)]
+
+
+def test_an_epoch_decodes_every_row_group_once_and_mixes_documents_of_many(tmp_path, monkeypatch):
+    texts = ParquetTexts([parquet(tmp_path / f"{n}.parquet", text=[f"{n}-{i}" for i in range(450)]) for n in "ab"])
+    wanted, decoded, read = sorted(texts), [], pq.ParquetFile.read_row_group
+    assert len(texts.starts) == 301 and len(wanted) == 900  # row groups of three: five windows
+    count = lambda self, group, **options: decoded.append((id(self), group)) or read(self, group, **options)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", count)
+    texts._kept.clear()
+    stream = TextStream(texts, BYTES, seed=1)
+    order = [BYTES.decode(stream.sample(i)[0][1:]) for i in range(900)]
+    assert sorted(order) == wanted and len(decoded) == len(set(decoded)) == 300
+    neighbours = sum(abs(wanted.index(a) - wanted.index(b)) < 3 for a, b in pairwise(order))
+    assert neighbours < 45  # 9 or so of 899 by chance within windows of 192 documents; 600 if groups stayed together
 
 
 def test_a_sample_is_a_bos_and_the_text_all_of_it_to_be_predicted():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.blocks import gemv
+from nanochat.blocks import attention, gemv
 from nanochat.blocks.transformer import Attention, KVState, Positions, rope_table
 from nanochat.common import Linear, UserError
 from nanochat.gpt import GPT, Cache, GPTConfig, _HeadLoss, config_dict, head_loss
@@ -181,6 +181,19 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_cross_entropy(positions
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hopeless_target_costs_what_it_costs(dtype, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(attention, "usable", lambda *tensors: False)
+    weight = torch.zeros(V, C)
+    weight[0, 0], weight[1, 0] = 1, -1
+    hidden = torch.zeros(3, C)
+    hidden[:, 0] = torch.tensor([20.0, 60.0, 200.0])
+    loss = head_loss(hidden.to(dtype), weight, torch.ones(3, dtype=torch.long))
+    assert loss.item() == pytest.approx(40 + 120 + 400, rel=1e-2 if dtype == torch.bfloat16 else 1e-5)  # 8 bits of 40
+
+
 def test_a_frozen_head_still_passes_gradients_on():
     model = make("T")
     model.lm_head.weight.requires_grad_(False)
@@ -259,7 +272,7 @@ def test_embeddings_in_place_of_ids_give_the_same():
 
 
 def test_at_initialisation_every_token_is_as_likely_as_any_other():
-    model = GPT(GPTConfig.from_depth(2, "hybrid", vocab_size=V))
+    model = GPT(GPTConfig.from_depth(3, "hybrid", vocab_size=V))
     model.init_weights()
     loss = model(ids_of((2, 20)), ids_of((2, 20), 2))
     assert abs(loss.item() - math.log(V)) < 0.05
@@ -313,3 +326,10 @@ def test_sizes_that_dont_divide_are_refused():
             GPTConfig(**bad)
     with pytest.raises(UserError, match="depth"):
         GPTConfig.from_depth(0, vocab_size=V)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_hybrid_too_shallow_to_attend_is_refused(depth):
+    with pytest.raises(UserError, match="needs a depth of 3 or more"):
+        GPTConfig.from_depth(depth, "hybrid", vocab_size=V)
+    assert GPTConfig.from_depth(depth, "mamba", vocab_size=V).block_pattern == "M" * depth

@@ -165,6 +165,12 @@ def test_retrieval_is_scored_as_by_hand():
     assert row["n"] == 2 and row["recall@1"] == 0.25 and row["mrr"] == 0.75 and row["mrr_lo"] <= 0.75 <= row["mrr_hi"]
 
 
+def test_a_metric_is_averaged_over_the_answers_it_is_defined_for():
+    row = mean_with_intervals([{"f1": 1.0}, {"f1": 0.0, "citation_recall": 0.5}])
+    assert row["n"] == 2 and row["f1"] == 0.5 and row["citation_recall"] == row["citation_recall_lo"] == 0.5
+    assert mean_with_intervals([]) == {"n": 0}
+
+
 def test_the_bootstrap_interval_is_deterministic_and_of_the_right_width():
     values = [1.0] * 300 + [0.0] * 700
     low, high = bootstrap_interval(values, seed=1)

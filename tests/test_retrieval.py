@@ -279,6 +279,15 @@ def test_another_format_version_or_encoder_is_refused(tmp_path, kb):
             RetrievalManager("dense", tmp_path)
 
 
+def test_a_knowledge_base_that_does_not_say_its_type_is_refused(tmp_path):
+    build_kb(DOCS, tmp_path / "kb", "simple")
+    info = json.loads((tmp_path / "kb" / "kb.json").read_text())
+    for change in ({}, {"type": "psychic"}, {"type": ["bm25"]}):
+        (tmp_path / "kb" / "kb.json").write_text(json.dumps({k: v for k, v in info.items() if k != "type"} | change))
+        with pytest.raises(UserError, match="field 'type'"):
+            RetrievalManager(knowledge_base_path=tmp_path / "kb")
+
+
 def test_a_failed_build_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
     build_kb(DOCS, tmp_path / "kb", "bm25")
     monkeypatch.setattr(BM25Retriever, "save", lambda self, folder: (_ for _ in ()).throw(OSError(28, "No space left")))

@@ -127,6 +127,9 @@ def test_longer_rows_lengthen_the_context_of_the_next_stages(world):
 def test_every_stage_names_the_one_it_came_from(world):
     parents = {s: load_model(s)[2].get("parent") for s in ("base", "mid", "sft", "rag")}
     assert parents == {"base": None, "mid": "base", "sft": "mid", "rag": "mid"}
+    sums = {s: load_model(s)[2]["model_file"]["sha256"] for s in ("base", "mid")}
+    assert load_model("mid")[2]["parent_sha256"] == sums["base"]
+    assert load_model("rag")[2]["parent_sha256"] == load_model("sft")[2]["parent_sha256"] == sums["mid"]
     assert load_model("rag")[2]["parent_step"] == 6 and load_model("rag")[2]["knowledge_base"] == world.kb
 
 
@@ -197,6 +200,34 @@ def test_the_same_seed_asks_the_same_questions(world, tmp_path):
     assert list(first) == ["retrieved", "always_abstain"] and first == second
 
 
+def test_the_gold_document_stands_at_its_place_also_where_the_retriever_finds_little(world, tmp_path):
+    """The first question shares no word with any document but its own; it is also phrased unlike training's."""
+    manager = RetrievalManager(retriever_type="simple", knowledge_base_path=world.kb)
+    [gold] = [doc for doc in manager.documents if doc.title == "Machine learning"]
+    rows = [
+        {"id": "q", "query": "zzz", "answer": "computers", "positive_ids": [gold.id], "wording": "held_out"},
+        {"id": "r", "query": "What is machine learning?", "answer": "computers", "positive_ids": [gold.id]},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = rag_eval.main(rag_eval.Config(
+        knowledge_base=world.kb, queries=str(tmp_path / "test.jsonl"), retriever_type="simple", top_k=4, max_tokens=3,
+        device="cpu", output=str(tmp_path / "out.json"),
+    ))["rows"]  # fmt: skip
+    answers = [json.loads(x) for x in (tmp_path / "out.answers.jsonl").open()]
+    for p in range(1, 5):
+        shown = [a["documents"] for a in answers if a["row"] == f"oracle_distractors_p{p}"]
+        assert len(shown) == 2 and all(ids[p - 1] == gold.id and len(set(ids)) == 4 for ids in shown)
+        assert found[f"oracle_distractors_p{p}"]["recall@k"] == 1
+    assert found["retrieved_held_out_wording"]["n"] == 1 and found["retrieved"]["n"] == 2
+    assert {"two_hop", "unanswerable"}.isdisjoint(found)
+
+
+def test_citations_are_counted_where_they_are_judged(world):
+    for row in world.found["rag_eval"]["rows"].values():
+        assert ("citation_precision" in row) == ("citation_n" in row)
+        assert row.get("citation_n", 1) <= row["n"] and row.get("citation_n", 1) > 0
+
+
 def test_the_example_data_set_opens_and_its_conversations_render(world):
     manager = RetrievalManager(retriever_type="simple", knowledge_base_path=world.kb)
     assert manager.retrieve("What is machine learning?", top_k=3)[0].title == "Machine learning"
@@ -245,12 +276,12 @@ BAD = {
     "text that is not UTF-8": (base_train, "--data LATIN", "not valid UTF-8"),
     "share above 1": (base_train, "--drill_share 1.5 --data TEXT", "between 0 and 1"),
     "negative seed": (base_train, "--seed -1", "--seed -1"),
-    "no steps": (base_train, "--depth 1 --data TEXT --num_iterations 0", "at least 1"),
-    "batch that does not divide": (base_train, "--depth 1 --data TEXT --total_batch_size 1000", "not a multiple"),
-    "batch of none": (base_train, "--depth 1 --data TEXT --device_batch_size 0", "at least 1"),
+    "no steps": (base_train, "--depth 3 --data TEXT --num_iterations 0", "at least 1"),
+    "batch that does not divide": (base_train, "--depth 3 --data TEXT --total_batch_size 1000", "not a multiple"),
+    "batch of none": (base_train, "--depth 3 --data TEXT --device_batch_size 0", "at least 1"),
     "unknown device": (base_train, "--device toaster", "choose cpu, cuda or mps"),
-    "unknown dtype": (base_train, "--depth 1 --data TEXT --dtype float13", "choose one of"),
-    "bad tag": (base_train, "--depth 1 --data TEXT --model_tag ../x", "letters, digits"),
+    "unknown dtype": (base_train, "--depth 3 --data TEXT --dtype float13", "choose one of"),
+    "bad tag": (base_train, "--depth 3 --data TEXT --model_tag ../x", "letters, digits"),
     "vocabulary below bytes": (tok_train, "--data TEXT --vocab_size 200", "too small"),
     "vocabulary beyond the text": (tok_train, "--data SMALL --vocab_size 9000", "byte pairs"),
     "config that is not there": (tok_train, "--config nowhere.py", "cannot read the config"),
@@ -276,6 +307,16 @@ BAD = {
     "questions without an answer": (rag_eval, "--knowledge_base KB --queries MINE", "line 1: no field 'id'"),
     "questions to another knowledge base": (rag_eval, "--knowledge_base KB --queries OTHER", "no single-hop question"),
     "unknown row": (rag_eval, "--knowledge_base KB --queries QUERIES --rows oracel", "--rows oracel"),
+    "a row that nobody asks for": (rag_eval, "--knowledge_base KB --queries QUERIES --rows retrieved_held_out_wording",
+                                   "has no question for it"),
+    "no examples": (rag_eval, "--knowledge_base KB --queries QUERIES --max_examples 0", "--max_examples 0: at least 1"),
+    "batches of none": (rag_eval, "--knowledge_base KB --queries QUERIES --batch_size 0", "--batch_size 0"),
+    "no document shown": (rag_eval, "--knowledge_base KB --queries QUERIES --top_k 0", "--top_k 0"),
+    "answers of no length": (rag_eval, "--knowledge_base KB --queries QUERIES --max_tokens -1", "--max_tokens -1"),
+    "more documents than there are": (rag_eval, "--knowledge_base KB --queries QUERIES --rows oracle_distractors_p1 "
+                                                "--top_k 5000", "too few documents for --top_k 5000"),
+    "no layer that attends": (base_train, "--depth 2 --data TEXT", "needs a depth of 3 or more"),
+    "no such GPU": (base_train, "--device cuda:x --data TEXT", "choose cpu, cuda or mps"),
     "neither of two": (rag_eval, "--knowledge_base KB", "are needed"),
     "output where a file stands": (rag_eval, "--knowledge_base KB --queries QUERIES --rows always_abstain "
                                              "--output MINE/x.json", "MINE"),

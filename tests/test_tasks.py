@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tasks.drills as drills
 import tasks.rag_task as rag_task
 from nanochat.common import UserError
 from nanochat.core_eval import choice_scores, multiple_choice
+from nanochat.documents import Document
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag_utils import ABSTENTION, extract_citations, strip_citations
 from nanochat.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ from tasks.common import (
 )
 from tasks.drills import LADDER, LEARNED, DrillStream, climb, drill_accuracy
 from tasks.factbook import ChatPairs, FactbookQA, cloze_items, load_documents, load_queries
-from tasks.rag_task import RAGMix, RAGTask, invent_name, reading_eval, shorten
+from tasks.rag_task import RAGMix, RAGTask, invent_name, reading_eval, shorten, states_answer
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # a tokenizer without any merge
 V = BYTES.vocab_size
@@ -336,6 +338,28 @@ def test_text_takes_over_when_patience_ends():
     assert mix.weights["text"] == 0.9 and stream.level == 0
 
 
+def test_text_takes_over_in_a_resumed_run_that_is_past_its_patience():
+    stream = DrillStream(BYTES)
+    stream.load_state_dict({"level": 0, "looks": 7})
+    mix = MixStream({"text": Echo(), "drill": Echo()}, {"text": 0.02, "drill": 0.98})
+    climb(Copier(False), stream, mix, {"text": 0.9, "drill": 0.1}, patience=3)
+    assert mix.weights["text"] == 0.9
+
+
+def test_without_patience_text_waits_for_the_top():
+    stream = DrillStream(BYTES)
+    mix = MixStream({"text": Echo(), "drill": Echo()}, {"text": 0.02, "drill": 0.98})
+    climb(Copier(False), stream, mix, {"text": 0.9, "drill": 0.1})
+    assert mix.weights["text"] == 0.02
+
+
+def test_rank_0_decides_for_all_how_far_the_ladder_is_climbed(monkeypatch):
+    told = iter([0.9, 0.8, 0.1])  # what rank 0 measured; this rank's own model can't copy
+    monkeypatch.setattr(drills, "from_main", lambda own: next(told))
+    stream = DrillStream(BYTES)
+    assert climb(Copier(False), stream)["level"] == stream.level == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # RAGTask on the data that ships with the repo
 
@@ -406,6 +430,52 @@ def test_it_abstains_exactly_when_no_gold_is_shown(rows, documents, retrieved, a
         assert (found == REFUSED) == (not gold) == bool(refusals) and len(shown) == 3 and bool(cited) == bool(gold)
         if row["hops"] > 1 and gold:
             assert len(gold) == len(row["positive_ids"])
+
+
+def test_no_document_beside_the_gold_ones_answers_the_question(rows, documents):
+    """Passages of one country often repeat a fact; shown to a question that must be refused, they would teach lies."""
+    near = {}
+    for i, doc in documents.items():
+        near.setdefault((doc["country"], doc["split"]), []).append(i)
+    single = [r for r in rows.values() if r["type"] == "single"]
+    repeated = [
+        r for r in single
+        if any(states_answer(documents[i], r) for i in near[r["country"], "train"] if i not in r["positive_ids"])
+    ][:150]  # fmt: skip
+    assert len(repeated) == 150
+    retrieved = {r["id"]: near[r["country"], "train"] for r in repeated}
+    for absent in (0.0, 1.0):
+        mix = RAGMix(absent, counterfactual=0, min_docs=4)
+        for row, shown, turns in examples(RAGTask(repeated, documents, mix, retrieved)):
+            assert not any(states_answer(d, row) for d in shown if d["id"] not in row["positive_ids"])
+            wordings = {w: r for r in repeated for w in [r["query"], *r["paraphrases"]]}
+            for query, found, _ in turns:
+                if found == REFUSED:
+                    asked = wordings[query]
+                    assert not any(states_answer(documents[d["id"]], asked) for d in shown)
+
+
+def test_a_follow_up_is_never_refused_while_a_document_answers_it():
+    """Document a answers five questions by its label and a sixth, labelled as b's, all the same."""
+    words = ["red", "blue", "green", "white", "black", "round"]
+    docs = {"a": {"id": "a", "title": "X", "content": f"X is {' '.join(words)}."},
+            "b": {"id": "b", "title": "X", "content": "X is round."}}  # fmt: skip
+    rows = [{"id": w, "query": f"Is it {w}?", "paraphrases": [], "answer": w, "answers": [w], "hops": 1,
+             "positive_ids": ["b" if w == "round" else "a"], "type": "single"} for w in words]  # fmt: skip
+    task = RAGTask(rows, docs, RAGMix(absent=1e-9, counterfactual=0, follow_up=1, max_docs=1))
+    for epoch in range(20):
+        assert REFUSED not in {found for _, _, turns in examples(task, epoch=epoch) for _, found, _ in turns}
+
+
+def test_a_document_answers_only_about_its_own_country():
+    row = {"country": "Chad", "answers": ["Arabic"]}
+    for title, content, answers in (
+        ("Chad - people", "They speak Arabic.", True), ("Chad - people", "They speak French.", False),
+        ("Oman - people", "They speak Arabic.", False),
+    ):  # fmt: skip
+        doc = {"id": "x", "title": title, "content": content}
+        assert states_answer(doc, row) == states_answer(Document.from_dict(doc), row) == answers
+    assert states_answer({"id": "x", "title": "", "content": "They speak Arabic."}, {"answers": ["Arabic"]})
 
 
 def test_the_share_of_missing_gold_documents_is_the_one_asked_for(rows, documents):
