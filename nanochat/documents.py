@@ -11,7 +11,6 @@ from pathlib import Path
 import regex  # Unicode scripts and marks, which the standard `re` doesn't know; tiktoken depends on it anyway
 
 from nanochat.common import UserError, read_jsonl
-from nanochat.common import sha256_of as sha256_of  # who reads documents takes their checksum
 
 
 @dataclass

@@ -11,8 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanochat.common import UserError, cpu_has_fast_bf16
-from nanochat.documents import sha256_of
+from nanochat.common import UserError, cpu_has_fast_bf16, sha256_of
 
 
 class Encoder:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import DATA, UserError, print0, read_jsonl, write_jsonl
+from nanochat.common import DATA, UserError, print0, read_jsonl, sha256_of, write_jsonl
 from nanochat.config import run
-from nanochat.documents import Document, read_documents, sha256_of
+from nanochat.documents import Document, read_documents
 from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import SimpleRetriever, build_kb, kb_info
 

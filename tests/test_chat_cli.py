@@ -173,7 +173,9 @@ def test_bad_input_is_one_line_and_exit_code_2(home, monkeypatch, capsys):
     assert "at most" in refused(monkeypatch, capsys, "-p", "x" * 200_000)
     assert "empty" in refused(monkeypatch, capsys, "-p", "  ")
     assert "dense" in refused(monkeypatch, capsys, *kb, "--retriever_type", "dense", "-p", "hi")
-    assert "bm25" in refused(monkeypatch, capsys, "--knowledge_base", str(home / "plain"), "-p", "hi")
+    assert "bm25" in refused(
+        monkeypatch, capsys, "--knowledge_base", str(home / "plain"), "--retriever_type", "bm25", "-p", "hi"
+    )
     refused(monkeypatch, capsys, *kb, "--retriever_type", "psychic", "-p", "hi")
     refused(monkeypatch, capsys, "--knowledge_base", str(home / "nowhere"), "-p", "hi")
     refused(monkeypatch, capsys, "--knowledge_base", str(home / "checkpoints"), "-p", "hi")

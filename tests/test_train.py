@@ -76,10 +76,10 @@ def noisy_loss(model, inputs, targets):
 
 
 def tiny_run(
-    tag="d2", loss_fn=noisy_loss, evals=(), dist_info=CPU, loader=None, model=None, meta=None, tokenizer=BYTES, **options
+    tag="d2", loss_fn=noisy_loss, evals=(), dist_info=CPU, loader=None, model=None, tokenizer=BYTES, meta=None, **more
 ):
     """Train the tiny model for eight steps; what `train` returns."""
-    options = {"num_iterations": 8, "dtype": "float32", "device": "cpu", "model_tag": tag} | options
+    options = {"num_iterations": 8, "dtype": "float32", "device": "cpu", "model_tag": tag} | more
     loader = loader or PackedLoader(Counting(), 2, 32, dist_info.rank, dist_info.world_size, buffer_size=20)
     return train(
         model or tiny_model(), loader, TrainConfig(**options), source="base", tokenizer=tokenizer,
