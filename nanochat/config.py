@@ -108,7 +108,7 @@ def parse(config_class: type, argv: Sequence[str] | None = None, description: st
         if arg == "--config" or arg.startswith("--config="):
             path = arg.partition("=")[2] or next(it, "")
             if not path:
-                raise UserError("--config needs a file, for example --config configs/cpu.py")
+                raise UserError("--config needs a file, for example --config mine.py")
             for name, value in load_config_file(path).items():
                 if name not in names:
                     raise UserError(f"{path}: unknown setting '{name}'{_nearest(name, names)}")

@@ -23,8 +23,8 @@ from nanochat.blocks.mamba import MambaBlock
 from nanochat.blocks.transformer import KVState, Positions, TransformerBlock, norm, rope_table
 from nanochat.common import Linear, UserError, parse_pattern
 
-# One period of each preset, repeated to the depth. Hybrid: a quarter of the layers attend, spread out, the last one
-# near the end, as Jamba, Granite-4 and Qwen3-Next do; docs/LOG.md has our comparison.
+# One period of each preset, repeated to the depth. Hybrid: a third of the layers attend, spread out, the last at the
+# end; denser than Jamba or Granite-4, as there are few layers. benchmarks/patterns.py compares; not run yet.
 PRESETS = {"gpt": "T", "hybrid": "MMT", "mamba": "M"}
 
 

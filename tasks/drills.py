@@ -1,8 +1,8 @@
 """Copying and associative recall with random tokens: what a model must be able to do before it can read documents.
 
-A transformer or hybrid learns to copy suddenly or not at all: with a whole vocabulary at once nothing happens within
-a million tokens, with 64 symbols and short sequences it takes one minute on two cores (docs/LOG.md). So the drill is
-a ladder: a level is (symbols, length), and the level rises when accuracy on fresh drills says the last one is learned.
+A transformer or hybrid learns to copy suddenly or not at all, and a small alphabet in short sequences comes first by
+far; docs/LOG.md has the climb step by step. So the drill is a ladder: a level is (symbols, length), and the level
+rises when accuracy on fresh drills says the last one is learned.
 
     stream = DrillStream(tokenizer); train(..., evals=[Eval("drill", 10, lambda m: climb(m, stream))])
 

@@ -5,7 +5,7 @@
 
 Each example is drawn anew in every epoch: which distractors stand beside the gold document, their order and so their
 numbers, the wording of the question, whether the gold document is there at all (if not, the answer is the abstention).
-Two things make a small model learn to read rather than to remember (docs/LOG.md):
+Two things are meant to make a small model read rather than remember (neither is ablated yet):
 
 - many questions to one context: a document answers up to a dozen questions, each costs only its own few tokens;
 - counterfactuals: the country gets an invented name and the answer is exchanged for another country's, in the document
