@@ -5,7 +5,8 @@
 #                            40 minutes on two cores with bf16 units, and on a GPU if there is one; node, 8 GPUs, depth
 #                            20, never run by us. Default: node with 8 GPUs or more, else cpu.
 #   NANOCHAT_BASE_DIR=path   where everything is written (default ~/.cache/nanochat/<preset>)
-#   NPROC=n                  processes a training stage uses (default: the number of GPUs for node, else 1)
+#   NPROC=n                  processes a training stage uses (default: the number of GPUs for node, 2 for cpu without
+#                            a GPU, else 1)
 #
 # Run it again after an interruption and it goes on where it stopped: what is finished is not done again, a training
 # stage continues from its last checkpoint. setup.sh says which Python and which PyTorch it uses.
@@ -25,7 +26,12 @@ source ./setup.sh
 machine=$(python -c "import os, torch; print(os.cpu_count(), torch.cuda.device_count())")
 read -r cores gpus <<<"$machine"
 preset=${SPEEDRUN:-$([ "$gpus" -ge 8 ] && echo node || echo cpu)}
-NPROC=${NPROC:-$([ "$preset" = node ] && [ "$gpus" -gt 0 ] && echo "$gpus" || echo 1)}
+case $preset.$gpus in # two processes that meet once a step wait less for each other than two threads in every product
+cpu.0) processes=$((cores > 1 ? 2 : 1)) ;;
+node.[1-9]*) processes=$gpus ;;
+*) processes=1 ;;
+esac
+NPROC=${NPROC:-$processes}
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/$preset}"
 # threads that wait for work sleep instead of spinning: on a machine that does other things too, that is faster
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -43,11 +49,12 @@ smoke)
 cpu)
     tag=cpu retriever=hybrid n=500 text=embedded
     tok=""
-    common="--resume true --save_every 100"
-    base="--depth 6 --n_embd 256 --num_iterations 500 --drill_until 0.7 --warmdown_ratio 0.3"
+    rows=$((8 / NPROC)) # a step takes 8 rows, however many processes share them
+    common="--resume true --save_every 100 --device_batch_size $((rows > 0 ? rows : 1))"
+    base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
     mid="--num_iterations 600 --warmdown_ratio 0.3"
     sft="--num_iterations 60"
-    rag="--num_iterations 450 --device_batch_size 6"
+    rag="--num_iterations 500 --lr_scale 0.5"
     ;;
 node)
     tag=d20 retriever=hybrid n=500 text=fineweb:240
@@ -68,7 +75,8 @@ out="$NANOCHAT_BASE_DIR"
 data="$out/factbook"
 kb="$data/knowledge_base"
 if [ "$NPROC" -gt 1 ]; then # torchrun, of the python in use
-    run="python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
+    threads=$((gpus > 0 || cores < NPROC ? 1 : cores / NPROC))
+    run="env OMP_NUM_THREADS=$threads python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
 else
     run="python -m"
 fi
@@ -95,7 +103,7 @@ stage() { # stage NAME MAKES FROM COMMAND...: run COMMAND unless what it MAKES i
         echo "stopped in stage '$name'; the same command goes on from here" >&2
         exit $code
     }
-    if [ "$(product "$makes")" -nt "$out/.stage" ]; then # it did run: note the seconds, one line a stage
+    if [ ! "$out/.stage" -nt "$(product "$makes")" ]; then # it did run: note the seconds, one line a stage
         touch "$out/times.tsv"
         awk -F '\t' -v OFS='\t' -v name="$name" -v seconds="$((SECONDS - start))" \
             '$1 == name { $2 = seconds; seen = 1 } { print } END { if (!seen) print name, seconds }' \

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from nanochat.blocks.gemv import speed_up
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Cache
+from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # tokens read in one call, over all rows: enough to fill the cores, little enough to fit anywhere
@@ -175,6 +176,26 @@ class Engine:
                 bar.update(len(rows))
         return done
 
+    def focus(
+        self, conversations: Sequence[dict], batch_size: int = 16, max_tokens: int = 256, progress: bool = False
+    ) -> list[dict]:
+        """The conversations, each with the one document that the model is surest it can answer from.
+
+        Every document is read alone; the one after which the abstention is least probable stays, under the number it
+        had, and the answer comes from a context a small model reads well. After OPRM (2505.07793, section 3), which
+        compares the entropy of answers; here abstaining is trained, so its probability is the better judge. A question
+        that needs two documents at once can't be asked this way.
+        """
+        alone = [one_document_each(c) for c in conversations]
+        many = [(i, k) for i, views in enumerate(alone) if len(views) > 1 for k in range(len(views))]
+        prompts = [self.prompt(alone[i][k], max_tokens) for i, k in many]
+        abstain = self.tokenizer.encode_text(ABSTENTION)[0]
+        done = self.complete_batch(prompts, batch_size, 1, watch=[abstain], progress=progress)
+        best: dict[int, tuple[float, int]] = {}
+        for (i, k), completion in zip(many, done):
+            best[i] = min(best.get(i, (math.inf, 0)), (completion.watched[0], k))
+        return [alone[i][best[i][1]] if i in best else c for i, c in enumerate(conversations)]
+
     def stream(
         self,
         conversation: dict | list[int],
@@ -325,6 +346,18 @@ class Engine:
             if len(live) < len(rows):
                 rows, tokens, cache = [rows[i] for i in live], tokens[live], cache.select(live)
             logits = self._logits(decode_one(self.model, tokens, cache))
+
+
+def one_document_each(conversation: dict) -> list[dict]:
+    """The conversation once for each document in it, alone and under the number it had."""
+    messages, views, number = conversation["messages"], [], 0
+    for at, message in enumerate(messages):
+        for doc in message["documents"] if message["role"] == "retrieval" else []:
+            number = doc.get("number") or number + 1
+            only = {**message, "documents": [{**doc, "number": number}]}
+            rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]
+            views.append({**conversation, "messages": rest})
+    return views
 
 
 def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -143,15 +143,15 @@ class Tokenizer:
         """The conversation as (document score or None, ids, mask) pieces."""
         special = self.special_ids
         parts: list[tuple[float | None, list[int], int]] = [(None, [self.bos], 0)]
-        number = 0  # documents are numbered through all hops
+        number = 0  # documents are numbered through all hops, unless they bring a number
         for message in check_conversation(conversation)["messages"]:
             role = message["role"]
             start, end = special[f"<|{role}_start|>"], special[f"<|{role}_end|>"]
             if role == "retrieval":
                 parts.append((None, [start] + self.encode_text(message.get("query") or ""), 0))
                 for doc in message["documents"]:
-                    number += 1
                     doc = doc if isinstance(doc, dict) else vars(doc)
+                    number = doc.get("number") or number + 1
                     head = self.encode_text(f"[{number}] {doc.get('title', '')}\n")
                     ids = [special["<|doc_start|>"], *head, *self.encode_text(doc["content"]), special["<|doc_end|>"]]
                     score = doc.get("score")

@@ -37,6 +37,7 @@ class Config:
     knowledge_base: str = ""  # folder of a knowledge base; none: chat without documents
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # passages to retrieve for a question
+    read: str = "each"  # each: passages are read one by one, the surest answers; together: all in one context
     prompt: str | None = field(default=None, alias=["-p"])  # answer this question and exit
     system: str = ""  # a system message
     max_tokens: int = 128  # longest answer
@@ -70,9 +71,13 @@ class Chat:
             raise UserError(f"the question has {len(question):,} characters; at most {MAX_CHARS:,} are read")
         c = self.config
         conversation = self._conversation(question)
-        ids = self.engine.prompt(conversation, c.max_tokens)
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
-        self.read, self.answer = numbers_read(ids, self.engine.tokenizer), ""
+        if c.read == "each":
+            conversation = self.engine.focus([conversation], max_tokens=c.max_tokens)[0]
+        ids = self.engine.prompt(conversation, c.max_tokens)
+        all_read = range(1, len(self.documents) + 1)
+        self.read = set(all_read) if c.read == "each" else numbers_read(ids, self.engine.tokenizer)
+        self.answer = ""
         try:
             for piece in self.engine.stream(
                 ids, self.engine.room(c.max_tokens), c.temperature, top_p=c.top_p, seed=c.seed + len(self.turns)
@@ -178,6 +183,8 @@ def main(config: Config) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     # 1. What can be refused before the model is loaded
+    if config.read not in ("each", "together"):
+        raise UserError(f"--read {config.read}: choose each or together")
     check_sampling(config.max_tokens, config.temperature, 0, config.top_p)
     if config.top_k < 1:
         raise UserError(f"--top_k {config.top_k}: at least one passage must be retrieved")

@@ -32,7 +32,7 @@ class Config(TrainConfig):
     data: str = "embedded"  # text: embedded, fineweb:N, or a folder or file of your own
     conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
     text_share: float = 0.1  # share of samples that are text,
-    drill_share: float = 0.05  # drills,
+    drill_share: float = 0.1  # drills,
     chat_share: float = 0.05  # chat pairs; the rest reads documents
     val_batches: int = 16  # validation batches
     eval_every: int = 100  # steps between validations (0: only at the end)
@@ -48,14 +48,13 @@ def main(config: Config) -> dict[str, float]:
 
     # 2. Data
     T, seed = config.sequence_len, config.seed
-    drills = DrillStream(tokenizer, seed)
-    drills.level = len(LADDER) - 1
+    drills = DrillStream(tokenizer, seed, level=len(LADDER) - 1)
     chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
     documents = load_documents()
     rows = load_queries("train")
-    reading = RAGMix(absent=0.05, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
+    reading = RAGMix(absent=0.3, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
     single = [r for r in load_queries("val") if r["type"] == "single"]
-    unseen = RAGTask(single, documents, RAGMix(absent=0, counterfactual=0, follow_up=0, max_docs=1))
+    unseen = RAGTask(single, documents, RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1))
     streams = {
         "text": TextStream(load_texts(config.data, "train"), tokenizer, seed + 1),
         "drill": drills,
@@ -71,7 +70,7 @@ def main(config: Config) -> dict[str, float]:
     evals = [
         Eval("val", config.eval_every, text_validation(config.data, tokenizer, config, config.val_batches)),
         Eval("drill", config.eval_every, lambda m: {"copy": drill_accuracy(m, drills, "copy", top)}),
-        Eval("reading", config.eval_every, reading_eval(tokenizer, unseen)),
+        Eval("reading", config.eval_every, reading_eval(tokenizer, unseen, 128)),
     ]
     return train(
         model, loader, config, source="mid", tokenizer=tokenizer, evals=evals, dist_info=d,

@@ -8,12 +8,17 @@ Every row asks questions of `--queries` in another setting:
     oracle              the gold document alone
     oracle_distractors_p1 ... _pk   the gold document at position 1 ... k among what else the retriever finds
     retrieved           what the retriever finds in the whole knowledge base, whether the gold is there or not
+    retrieved_together  the same, all documents in one context
     retrieved_held_out_wording   the same for questions whose `wording` is "held_out": phrased as none in training
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     unanswerable        questions the knowledge base has no answer to, with what the retriever finds: should abstain
     two_hop             two-hop questions with both gold documents among three distractors
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
+
+With `--read each` (the default) every document is read alone and the answer comes from the one that the model is surest
+about (Engine.focus); with `--read together` all stand in one context, as they always do in `two_hop`,
+`retrieved_together` and the rows about positions.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants. hallucination: answered, and no shown
@@ -51,6 +56,8 @@ from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
 from tasks.rag_task import states_answer
 
+TOGETHER = ("two_hop", "retrieved_together", "oracle_distractors")  # rows that are about several in one context
+
 
 @dataclass
 class Config:
@@ -61,6 +68,7 @@ class Config:
     queries: str = ""  # questions: a .jsonl file
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
+    read: str = "each"  # each: documents are read one by one; together: all in one context
     max_examples: int = 500  # questions a row
     seed: int = 0  # which questions
     batch_size: int = 32  # answers generated at a time
@@ -75,6 +83,8 @@ def main(config: Config) -> dict:
     # 1. Model, knowledge base, questions
     if not config.knowledge_base or not config.queries:
         raise UserError("--knowledge_base and --queries are needed, e.g. KB and Q/test.jsonl")
+    if config.read not in ("each", "together"):
+        raise UserError(f"--read {config.read}: choose each or together")
     for name in ("top_k", "max_examples", "batch_size", "max_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
@@ -131,6 +141,7 @@ def main(config: Config) -> dict:
         "oracle": ("single", lambda r: gold(r)[:1]),
         **{f"oracle_distractors_p{p}": ("single", partial(at_position, p=p)) for p in range(1, config.top_k + 1)},
         "retrieved": ("single", lambda r: found[r["id"]][: config.top_k]),
+        "retrieved_together": ("single", lambda r: found[r["id"]][: config.top_k]),
         "retrieved_held_out_wording": ("held_out", lambda r: found[r["id"]][: config.top_k]),
         "distractors_only": ("single", lambda r: without_answer(r)[: config.top_k]),
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
@@ -141,6 +152,8 @@ def main(config: Config) -> dict:
     wanted = [name.strip() for name in config.rows.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in settings]:
         raise UserError(f"--rows {unknown[0]}: choose from {', '.join(settings)}")
+    if config.read == "together":
+        del settings["retrieved_together"]
     wanted = wanted or [name for name, (kind, _) in settings.items() if kind in by_type]
     if empty := [name for name in wanted if settings[name][0] not in by_type]:
         raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
@@ -157,6 +170,8 @@ def main(config: Config) -> dict:
             answers = [_first_entity(docs) for docs in shown]
         else:
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
+            if config.read == "each" and not name.startswith(TOGETHER):
+                conversations = engine.focus(conversations, config.batch_size, config.max_tokens, progress=True)
             answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=True)
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)

@@ -5,10 +5,11 @@
         --block_pattern T9,M11 --retriever_type simple --top_k 5 --device_batch_size 4
 
 Questions come from `--queries` (default: the `queries/` folder beside the knowledge base). Each is asked over its gold
-document among distractors, half of them what the retriever finds; in a share of examples the gold document is missing
-and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch (tasks/rag_task.py). In
-half of the contexts they are cut to three sentences: finding the right one, citing its number and noticing its absence
-are then practised twice as often per token (docs/LOG.md). `--block_pattern`, where given, must be the checkpoint's.
+document alone or among distractors, many of them what the retriever finds; in a share of examples the gold document is
+missing and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch
+(tasks/rag_task.py). One document at a time is most of the practice, because that is how answers are given by default
+(Engine.focus): the model has to know whether this one answers. Then several cut to three sentences, then several
+whole ones. `--block_pattern`, where given, must be the checkpoint's.
 """
 
 import random
@@ -24,6 +25,7 @@ from nanochat.dataloader import PackedLoader
 from nanochat.retrieval import RetrievalManager
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
+from tasks.drills import LADDER, DrillStream
 from tasks.factbook import ChatPairs, load_documents, load_queries
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
 
@@ -40,11 +42,13 @@ class Config(TrainConfig):
     top_k: int = 5  # documents in a context, at most
     num_iterations: int = 400  # optimizer steps
     sequence_len: int = 1024  # tokens per row
-    absent: float = 0.3  # share of examples without their gold document (midtraining had a few: a gentle ramp)
+    absent: float = 0.3  # share of questions that the documents don't answer
     counterfactual: float = 0.25  # share of examples with names and answers exchanged
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
-    short_share: float = 0.5  # share of contexts whose documents are cut to three sentences
+    drill_share: float = 0.05  # share of drills
+    one_share: float = 0.5  # share of contexts with one document
+    short_share: float = 0.25  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
 
@@ -73,17 +77,20 @@ def main(config: Config) -> dict[str, float]:
 
     # 3. Data
     found = retrieve_all(manager, train_rows)
-    whole = RAGMix(config.absent, config.counterfactual, max_questions=6, max_docs=config.top_k)
-    short = replace(whole, follow_up=0.9, min_docs=min(2, config.top_k), sentences=3)
+    whole = RAGMix(config.absent, config.counterfactual, follow_up=0.9, max_questions=10, max_docs=config.top_k)
+    one = replace(whole, max_docs=1)
+    short = replace(whole, min_docs=min(2, config.top_k), sentences=3)
     tasks = {
+        "one": RAGTask(train_rows, documents, one, found, config.seed + 2),
         "whole": RAGTask(train_rows, documents, whole, found, config.seed),
         "short": RAGTask(train_rows, documents, short, found, config.seed + 1),
         "chat": TaskMixture([ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])),
     }
-    shares = {"chat": config.chat_share, "short": config.short_share}
+    shares = {name: getattr(config, f"{name}_share") for name in ("chat", "drill", "one", "short")}
     shares["whole"] = 1 - sum(shares.values())
     limit = config.sequence_len + 1
     streams = {name: ConversationStream(task, tokenizer, limit, config.seed) for name, task in tasks.items()}
+    streams["drill"] = DrillStream(tokenizer, config.seed, level=len(LADDER) - 1)
     stream = MixStream(streams, shares, config.seed, d.world_size)
     loader = PackedLoader(stream, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
 
@@ -92,8 +99,8 @@ def main(config: Config) -> dict[str, float]:
     single = random.Random(0).sample(single, min(config.val_examples, len(single)))
     val_found = retrieve_all(manager, single)
     evals = []
-    for name, absent in (("present", 0.0), ("missing", 1.0)):
-        fixed = RAGMix(absent, counterfactual=0, follow_up=0, min_docs=config.top_k, max_docs=config.top_k)
+    for name, k in (("one", 1), ("several", config.top_k)):
+        fixed = RAGMix(absent=0.5, counterfactual=0, follow_up=0, min_docs=k, max_docs=k)
         task = RAGTask(single, documents, fixed, val_found)
         evals.append(Eval(name, config.eval_every, reading_eval(tokenizer, task, config.val_examples)))
     return train(

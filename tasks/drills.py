@@ -8,6 +8,11 @@ rises when accuracy on fresh drills says the last one is learned.
 
 copy:    <|bos|> w1 … wn <|sep|> w1 … wn <|sep|> …
 recall:  <|bos|> k1 k1' <|mem|> v1 v1' v1'' <|sep|> k2 … <|search_start|> ki ki' <|search_end|> vi vi' vi'' <|sep|> …
+lookup:  <|bos|><|retrieval_start|><|doc_start|> thing1 field1 <|mem|> thing1 <|sep|> value <|sep|> … <|doc_end|> …
+         <|retrieval_end|><|user_start|> field1 <|mem|> thing1 <|user_end|><|assistant_start|> value <|assistant_end|> …
+
+Recall asks by one key. Lookup is what documents ask for: several tell the same fields of different things, so that only
+both names together find the value; higher up, a quarter of the questions has no answer and gets the abstention.
 """
 
 import random
@@ -15,10 +20,14 @@ import random
 import torch
 
 from nanochat.common import from_main
+from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import Tokenizer
 from tasks.common import MixStream
 
-LEARNED = 0.7  # copy accuracy that opens the next level
+LEARNED = 0.7  # accuracy that opens the next level
+ABSTAIN_FROM = (
+    4  # level from which lookups ask in vain, too; before the lookup is learned it would be all that is learned
+)
 # (symbols, length); 0 symbols = the whole vocabulary
 LADDER = [(64, 16), (64, 48), (128, 48), (256, 48), (512, 64), (1024, 64), (2048, 96), (0, 128), (0, 224)]
 
@@ -26,10 +35,11 @@ LADDER = [(64, 16), (64, 48), (128, 48), (256, 48), (512, 64), (1024, 64), (2048
 class DrillStream:
     """sample(i) -> (ids, mask); `level` indexes LADDER and is part of the state."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int = 0, recall_share: float = 0.5):
-        self.seed, self.recall_share = seed, recall_share
-        self.level = self.looks = 0  # how far up, and how many times `climb` has looked
-        s = tokenizer.special_ids
+    def __init__(self, tokenizer: Tokenizer, seed: int = 0, level: int = 0):
+        self.seed, self.level = seed, level
+        self.looks = 0  # how many times `climb` has looked
+        self.special = s = tokenizer.special_ids
+        self.abstention = tokenizer.encode_text(ABSTENTION)
         self.bos, self.sep, self.mem = s["<|bos|>"], s["<|sep|>"], s["<|mem|>"]
         self.ask, self.end = s["<|search_start|>"], s["<|search_end|>"]
         self.n_symbols = len(tokenizer.ranks)
@@ -48,8 +58,8 @@ class DrillStream:
         rng = random.Random(f"{self.seed}/{i}")
         # a fifth of the drills come from lower levels, lest they be forgotten
         level = self.level if rng.random() < 0.8 else rng.randint(0, self.level)
-        kind = self.recall if self.level >= 2 and rng.random() < self.recall_share else self.copy
-        return kind(rng, level)
+        kinds = (self.copy, self.recall, self.lookup, self.lookup) if self.level >= 2 else (self.copy,)
+        return rng.choice(kinds)(rng, level)
 
     def _alphabet(self, level: int) -> tuple[list[int], int]:
         size, length = LADDER[level]
@@ -78,6 +88,33 @@ class DrillStream:
             mask += [0] * (len(k) + 2) + [1] * (len(v) + 1)
         return ids, mask
 
+    def lookup(self, rng: random.Random, level: int) -> tuple[list[int], list[int]]:
+        """Documents about a thing each, one to five with the level, that share fields; a question names both."""
+        symbols, _ = self._alphabet(level)
+        s, word = self.special, lambda most: rng.choices(symbols, k=rng.randint(1, most))
+        names = list(dict.fromkeys(tuple(word(2)) for _ in range(20)))
+        fields, names = names[: (n := rng.randint(2, 3 + level // 4))], names[n:]
+        things = names[: rng.randint(2, 2 + level // 2)]
+        ids, facts = [self.bos, s["<|retrieval_start|>"]], {}
+        for thing in things[1:]:  # of the first, no document tells
+            ids += [s["<|doc_start|>"], *thing]
+            for field in rng.sample(fields, rng.randint(1, len(fields))):
+                question = (*field, self.mem, *thing)
+                facts[question] = word(3)
+                ids += [*question, self.sep, *facts[question], self.sep]
+            ids.append(s["<|doc_end|>"])
+        ids.append(s["<|retrieval_end|>"])
+        mask = [0] * len(ids)
+        missing = [q for field in fields for thing in things if (q := (*field, self.mem, *thing)) not in facts]
+        missing = rng.sample(missing, min(len(missing), 1 + len(facts) // 3)) if level >= ABSTAIN_FROM else []
+        for question in rng.sample([*facts, *missing], len(facts) + len(missing)):
+            said = [*facts.get(question, self.abstention), s["<|assistant_end|>"]]
+            before = [s["<|user_start|>"], *question, s["<|user_end|>"], s["<|assistant_start|>"]]
+            ids += before + said
+            # of an abstention only the first token, which decides: the others would be most of all targets
+            mask += [0] * len(before) + [int(k == 0 or question in facts) for k in range(len(said))]
+        return ids, mask
+
 
 @torch.no_grad()
 def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 16, seed: int = 10**6) -> float:
@@ -97,16 +134,21 @@ def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 1
 def climb(
     model, stream: DrillStream, mix: MixStream | None = None, after: dict[str, float] | None = None, patience: int = 0
 ) -> dict[str, float]:
-    """An evaluation for the training loop that moves the curriculum: raise the level while copying is learned.
+    """An evaluation for the training loop that moves the curriculum: raise the level while this one is learned.
 
-    At the top of the ladder, or after `patience` looks (0: never), `mix` gets the weights `after`: text takes over.
-    Rank 0's accuracy decides for all ranks. Returns the accuracy of both drills at the level reached, and the level.
+    That is copying and, from level 2, lookup. When the top is learned, or after `patience` looks (0: never), `mix` gets
+    the weights `after`: text takes over. Rank 0's accuracy decides for all ranks. Returns the accuracy of all drills at
+    the level reached, and the level.
     """
     top = len(LADDER) - 1
-    while (copy := from_main(drill_accuracy(model, stream, "copy", stream.level))) > LEARNED and stream.level < top:
+    while True:
+        accuracy = {kind: from_main(drill_accuracy(model, stream, kind, stream.level)) for kind in ("copy", "lookup")}
+        learned = min(accuracy[kind] for kind in (("copy", "lookup") if stream.level >= 2 else ("copy",))) > LEARNED
+        if not learned or stream.level == top:
+            break
         stream.level += 1
-    recall = drill_accuracy(model, stream, "recall", stream.level)
+    accuracy["recall"] = drill_accuracy(model, stream, "recall", stream.level)
     stream.looks += 1
-    if mix and after and (0 < patience <= stream.looks or (stream.level == top and copy > LEARNED)):
+    if mix and after and (learned or 0 < patience <= stream.looks):
         mix.weights = dict(after)
-    return {"copy": copy, "recall": recall, "level": stream.level}
+    return {**accuracy, "level": stream.level}

@@ -14,6 +14,7 @@ Two things are meant to make a small model read rather than remember (neither is
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +70,11 @@ class RAGTask(Task):
         self.by_doc: dict[str, list[dict]] = {}  # single-hop questions that a document answers
         self.by_relation: dict[str, list[dict]] = {}
         self.by_country: dict[str, list[str]] = {}
+        self.rows_of_country: dict[str, list[dict]] = {}
         for row in self.rows:
             if row["hops"] == 1 and row["positive_ids"]:
                 self.by_relation.setdefault(row.get("relation", ""), []).append(row)
+                self.rows_of_country.setdefault(row.get("country", ""), []).append(row)
                 for p in row["positive_ids"]:
                     self.by_doc.setdefault(p, []).append(row)
         for i in self.ids:
@@ -91,23 +94,19 @@ class RAGTask(Task):
 
         questions = [row]
         if rng.random() < mix.follow_up:
-            more = [r for d in ids for r in self.by_doc.get(d, []) if r is not row]
-            more = rng.sample(more, min(len(more), rng.randint(1, mix.max_questions - 1)))
-            if mix.absent and len(more) > 2 and rng.random() < 0.5:  # a question none of these documents answers
-                other = rng.choice(self.rows)
-                if not any(states_answer(doc, other) for doc in shown if doc["id"] not in other["positive_ids"]):
-                    more[-1] = other
-            questions += more
+            questions += self._follow_ups(row, shown, rng)
         if mix.sentences:
             for doc in shown:
                 doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
-        turns = [(rng.choice([q["query"], *q["paraphrases"]]), *self._answer(q, ids)) for q in questions]
+        if len(shown) == 1:  # any number may stand at a document read alone (Engine.focus)
+            shown[0]["number"] = rng.randint(1, 9)
+        turns = [(rng.choice([q["query"], *q["paraphrases"]]), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
 
-        docs = [{k: d[k] for k in ("id", "title", "content", "source") if k in d} for d in shown]
+        docs = [{k: d[k] for k in ("id", "title", "content", "source", "number") if k in d} for d in shown]
         for n, doc in enumerate(docs, 1):  # if the context is too long, what no answer needs goes first
-            doc["score"] = float(any(n in cited for _, _, cited in turns))
+            doc["score"] = float(any(doc.get("number", n) in cited for _, _, cited in turns))
         messages: list[dict] = [{"role": "retrieval", "query": turns[0][0], "documents": docs}]
         for query, answer, cited in turns:
             content = answer if answer == ABSTENTION else f"{answer}. " + "".join(f"[{c}]" for c in cited)
@@ -118,16 +117,40 @@ class RAGTask(Task):
         """All documents of a two-hop question, one of those that answer a single-hop one."""
         return list(row["positive_ids"]) if row["hops"] > 1 else [rng.choice(row["positive_ids"])]
 
+    def _follow_ups(self, row: dict, shown: list[dict], rng: random.Random) -> list[dict]:
+        """More questions to the same documents, and near misses that none of them answers.
+
+        Half of the time those that several documents answer, each for its own country. A near miss asks the same about
+        another country or something else about the same one. In half of the contexts every question has one that
+        differs by the country alone: a model that doesn't compare names can't tell them apart.
+        """
+        more = [r for doc in shown for r in self.by_doc.get(doc["id"], []) if r is not row]
+        asked = Counter(r.get("relation", "") for r in [row, *more])
+        alike = [r for r in more if asked[r.get("relation", "")] > 1]
+        more = alike if alike and rng.random() < 0.5 else more
+        more = rng.sample(more, min(len(more), rng.randint(1, self.mix.max_questions - 1)))
+        paired = self.mix.absent > 0 and rng.random() < 0.5
+        for question in [row, *more]:
+            if paired or rng.random() < self.mix.absent:
+                near = self.by_relation if paired or rng.random() < 0.5 else self.rows_of_country
+                key = "relation" if near is self.by_relation else "country"
+                other = rng.choice(near.get(question.get(key, "")) or self.rows)
+                if not any(states_answer(doc, other) for doc in shown if doc["id"] not in other["positive_ids"]):
+                    more.append(other)
+        rng.shuffle(more)
+        return list({r["id"]: r for r in more if r["id"] != row["id"]}.values())[: self.mix.max_questions - 1]
+
     def _distractors(self, row: dict, n: int, rng: random.Random) -> list[str]:
-        """`n` documents that don't answer `row`: retrieved, same relation, same country or random."""
+        """`n` documents that don't answer `row`, most of one kind: retrieved, same relation, same country or random."""
         found: list[str] = []
+        usual = rng.random()
         hits = [h for h in self.retrieved.get(row["id"], []) if h in self.allowed and h not in row["positive_ids"]]
         alike, nearby = self.by_relation.get(row.get("relation", "")), self.by_country.get(row.get("country", ""))
         for _ in range(20 * n):
             if len(found) == n:
                 break
-            draw = rng.random()
-            if hits and draw < 0.5:
+            draw = usual if rng.random() < 0.7 else rng.random()
+            if hits and draw < 0.4:
                 doc = hits[min(int(rng.expovariate(0.4)), len(hits) - 1)]
             elif draw < 0.7 and alike:
                 doc = rng.choice(rng.choice(alike)["positive_ids"])
@@ -139,13 +162,14 @@ class RAGTask(Task):
                 found.append(doc)
         return found
 
-    def _answer(self, row: dict, ids: list[str]) -> tuple[str, list[int]]:
-        """The right answer to `row` when the documents `ids` are shown, and the numbers it cites."""
-        here = [p for p in row["positive_ids"] if p in ids]
+    def _answer(self, row: dict, shown: list[dict]) -> tuple[str, list[int]]:
+        """The right answer to `row` over the documents shown, and the numbers it cites."""
+        numbers = {doc["id"]: doc.get("number", n) for n, doc in enumerate(shown, 1)}
+        here = [p for p in row["positive_ids"] if p in numbers]
         if not here or (row["hops"] > 1 and len(here) < len(row["positive_ids"])):
             return ABSTENTION, []
         cited = here if row["hops"] > 1 else here[:1]
-        return row["answer"], sorted(ids.index(p) + 1 for p in cited)
+        return row["answer"], sorted(numbers[p] for p in cited)
 
     def _counterfactual(self, questions: list[dict], shown: list[dict], turns: list, rng: random.Random) -> list:
         """Exchange answers and rename countries in documents (in place) and turns alike."""

@@ -197,6 +197,9 @@ def test_bytes_that_are_not_utf8_are_no_reason_to_stop(home, monkeypatch, capsys
 def test_passages_without_room_are_said_to_be_left_out(home, monkeypatch, capsys, tmp_path):
     docs = [Document(str(i), f"Freedonia - {i}", "river of Freedonia " * 25) for i in range(5)]
     build_kb(docs, tmp_path / "kb", "bm25")
-    assert cli(monkeypatch, "--knowledge_base", str(tmp_path / "kb"), "-p", "The river of Freedonia?") == 0
+    kb = ("--knowledge_base", str(tmp_path / "kb"), "-p", "The river of Freedonia?")
+    assert cli(monkeypatch, *kb) == 0  # one by one, every passage has room
+    assert "left out" not in capsys.readouterr().err
+    assert cli(monkeypatch, *kb, "--read", "together") == 0
     err = capsys.readouterr().err
     assert 1 <= err.count("left out: no room") <= 4 and "[5]" in err

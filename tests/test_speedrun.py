@@ -141,7 +141,16 @@ def test_only_eight_gpus_make_a_node(shell, machine, preset):
     assert got.code == 0 and f"preset {preset}," in got.out
     assert ("never been run" in got.out) == (preset == "node")
     assert (shell.home / ".cache" / "nanochat" / preset / "evals" / "rag_eval.json").exists()
-    assert any("torch.distributed.run" in line for line in got.log) == (preset == "node")
+    several = any("torch.distributed.run" in line for line in got.log)
+    assert several == (machine in ("2 0", "96 8"))  # one process drives one GPU; two share the cores
+
+
+@pytest.mark.parametrize(("machine", "processes", "rows"), [("2 0", 2, 4), ("1 0", 1, 8), ("8 0", 2, 4), ("8 1", 1, 8)])
+def test_a_step_of_the_cpu_preset_takes_eight_rows(shell, machine, processes, rows):
+    got = speedrun(shell, STUB_MACHINE=machine)
+    lines = [line for line in got.log if "scripts.rag_finetune" in line]
+    assert len(lines) == 1 and f"--device_batch_size {rows} " in lines[0]
+    assert (f"--nproc_per_node={processes} " in lines[0]) == (processes > 1)
 
 
 @pytest.mark.parametrize("processes", [1, 3, 6, 8, 100])

@@ -295,8 +295,48 @@ def test_a_drill_stream_keeps_its_level_in_its_state():
     assert (other.level, other.looks) == (5, 17) and other.sample(3) == stream.sample(3)
 
 
+def look_up(ids):
+    """A lookup drill's facts (question -> value) and questions (question -> where its answer begins)."""
+    special, facts, asked = BYTES.special_ids, {}, {}
+    for at, token in enumerate(ids):
+        if token == special["<|doc_start|>"]:
+            pieces = [[]]
+            for t in ids[at + 1 : ids.index(special["<|doc_end|>"], at)]:
+                pieces[-1].append(t) if t != special["<|sep|>"] else pieces.append([])
+            thing = pieces[0][pieces[0].index(special["<|mem|>"]) + 1 :]
+            assert pieces[0][: len(thing)] == thing and pieces.pop() == []
+            pieces[0] = pieces[0][len(thing) :]
+            for question, value in zip(pieces[::2], pieces[1::2]):
+                assert question[-len(thing) :] == thing and tuple(question) not in facts
+                facts[tuple(question)] = value
+        elif token == special["<|user_start|>"]:
+            end = ids.index(special["<|user_end|>"], at)
+            asked[tuple(ids[at + 1 : end])] = end + 2
+    return facts, asked
+
+
+@settings(max_examples=60, deadline=None)
+@given(level=st.integers(0, len(LADDER) - 1), seed=st.integers(0, 10**6))
+def test_a_lookup_drill_asks_for_every_fact_and_higher_up_for_what_is_not_told(level, seed):
+    stream = DrillStream(BYTES)
+    ids, mask = stream.lookup(random.Random(seed), level)
+    facts, asked = look_up(ids)
+    end, refusal = BYTES.special_ids["<|assistant_end|>"], BYTES.encode_text(ABSTENTION)
+    assert facts and set(facts) <= set(asked) and (level >= 4 or set(facts) == set(asked))
+    wanted = [0] * len(ids)
+    for question, at in asked.items():
+        said = ids[at : ids.index(end, at)]
+        assert said == facts.get(question, refusal)
+        for k in range(len(said) + 1 if question in facts else 1):
+            wanted[at + k] = 1
+    assert mask == wanted
+
+
 class Copier(torch.nn.Module):
-    """Predicts what stood `n` tokens earlier, where the copy drill's repeat stands: perfect at copying one length."""
+    """Predicts what stood `n` tokens earlier, where the copy drill's repeat stands: perfect at copying one length.
+
+    And it knows the answers of lookup drills.
+    """
 
     def __init__(self, right: bool):
         super().__init__()
@@ -306,7 +346,8 @@ class Copier(torch.nn.Module):
         sep = BYTES.special_ids["<|sep|>"]
         first = ids[0].tolist().index(sep) if sep in ids[0].tolist() else ids.size(1)
         next_ids = torch.roll(ids, -1, 1)
-        next_ids[:, first:] = ids[:, 1 : ids.size(1) - first + 1]
+        if BYTES.special_ids["<|doc_start|>"] not in ids:
+            next_ids[:, first:] = ids[:, 1 : ids.size(1) - first + 1]
         return torch.nn.functional.one_hot(next_ids if self.right else next_ids * 0, V).float()
 
     def logits(self, hidden):
@@ -354,10 +395,10 @@ def test_without_patience_text_waits_for_the_top():
 
 
 def test_rank_0_decides_for_all_how_far_the_ladder_is_climbed(monkeypatch):
-    told = iter([0.9, 0.8, 0.1])  # what rank 0 measured; this rank's own model can't copy
+    told = iter([0.9, 0, 0.8, 0, 0.9, 0.9, 0.9, 0.1])  # what rank 0 measured of copying and lookup, level by level
     monkeypatch.setattr(drills, "from_main", lambda own: next(told))
     stream = DrillStream(BYTES)
-    assert climb(Copier(False), stream)["level"] == stream.level == 2
+    assert climb(Copier(False), stream)["level"] == stream.level == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,7 +424,7 @@ def retrieved(rows, documents):
 
 
 def examples(task, n=250, epoch=0):
-    """(row, documents shown, [(question, answer, cited numbers)]) of n examples all over the task."""
+    """(row, documents shown, [(question, answer, places of the cited documents)]) of n examples all over the task."""
     task.epoch = epoch
     for i in range(0, len(task), max(1, len(task) // n)):
         messages = task[i]["messages"]
@@ -391,9 +432,10 @@ def examples(task, n=250, epoch=0):
         shown = messages[0]["documents"]
         assert messages[0]["query"] == messages[1]["content"]
         assert len({d["id"] for d in shown}) == len(shown)
+        place = {d.get("number", n): n for n, d in enumerate(shown, 1)}
         turns = [
-            (q["content"], strip_citations(a["content"]).removesuffix("."), extract_citations(a["content"]))
-            for q, a in zip(messages[1::2], messages[2::2])
+            (q["content"], strip_citations(said).removesuffix("."), [place[n] for n in extract_citations(said)])
+            for q, said in zip(messages[1::2], (a["content"] for a in messages[2::2]))
         ]
         yield task.rows[i], shown, turns
 
@@ -402,7 +444,7 @@ REFUSED = ABSTENTION.removesuffix(".")
 
 
 def test_the_gold_document_is_cited_by_its_number_and_holds_the_answer(rows, documents, retrieved):
-    task = RAGTask(list(rows.values()), documents, RAGMix(counterfactual=0), retrieved)
+    task = RAGTask(list(rows.values()), documents, RAGMix(counterfactual=0, min_docs=5), retrieved)
     wordings = {w: r for r in task.rows for w in [r["query"], *r["paraphrases"]]}
     numbers = Counter()
     for row, shown, turns in examples(task):
@@ -418,7 +460,13 @@ def test_the_gold_document_is_cited_by_its_number_and_holds_the_answer(rows, doc
             numbers.update(cited)
             text = " | ".join(shown[n - 1]["title"] + " | " + shown[n - 1]["content"] for n in cited)
             assert found in text, (query, found)
-    assert set(numbers) == {1, 2, 3, 4, 5} and max(numbers.values()) < 3 * numbers[3]  # no favourite place
+    assert set(numbers) == {1, 2, 3, 4, 5} and max(numbers.values()) < 3 * min(numbers.values())  # no favourite place
+
+
+def test_a_document_shown_alone_bears_any_number(rows, documents):
+    task = RAGTask(list(rows.values()), documents, RAGMix(absent=0, counterfactual=0, max_docs=1))
+    numbers = Counter(doc["number"] for row, [doc, *rest], _ in examples(task) if not rest)
+    assert set(numbers) == set(range(1, 10)) and max(numbers.values()) < 4 * min(numbers.values())
 
 
 @pytest.mark.parametrize(("absent", "refusals"), [(0.0, 0), (1.0, 1)])
@@ -464,7 +512,9 @@ def test_a_follow_up_is_never_refused_while_a_document_answers_it():
              "positive_ids": ["b" if w == "round" else "a"], "type": "single"} for w in words]  # fmt: skip
     task = RAGTask(rows, docs, RAGMix(absent=1e-9, counterfactual=0, follow_up=1, max_docs=1))
     for epoch in range(20):
-        assert REFUSED not in {found for _, _, turns in examples(task, epoch=epoch) for _, found, _ in turns}
+        for _, shown, turns in examples(task, epoch=epoch):
+            said = " ".join(doc["content"] for doc in shown)
+            assert not [query for query, found, _ in turns if found == REFUSED and query[6:-1] in said]
 
 
 def test_a_document_answers_only_about_its_own_country():
@@ -535,7 +585,7 @@ def test_a_counterfactual_exchanges_the_answer_wherever_it_stands():
         [doc], query, given = task[0]["messages"][0]["documents"], *(m["content"] for m in task[0]["messages"][1:])
         name, new = doc["title"].removesuffix(" - people"), strip_citations(given).removesuffix(".")
         assert doc["content"] == f"The main crop of {name} is {new}. Farmers in {name} have grown {new}, not ryegrass."
-        assert query == f"What is the main crop of {name}?" and given == f"{new}. [1]" and name != "Chad"
+        assert query == f"What is the main crop of {name}?" and given == f"{new}. [{doc['number']}]" and name != "Chad"
         seen.add(new)
     assert seen == {"rye", "rice"}
     assert docs["a"]["content"].startswith("The main crop of Chad is rye.")  # the knowledge base itself is untouched
@@ -565,7 +615,7 @@ def test_documents_without_a_split_are_all_used(rows, documents):
     assert {documents[i]["split"] for i in shown} == {"train", "val", "test"}
 
 
-def test_half_of_the_distractors_are_what_the_retriever_finds(rows, documents):
+def test_about_half_of_the_distractors_are_what_the_retriever_finds(rows, documents):
     same = {d["split"]: [] for d in documents.values()}
     for i, d in documents.items():
         same[d["split"]].append(i)
@@ -573,22 +623,26 @@ def test_half_of_the_distractors_are_what_the_retriever_finds(rows, documents):
     found = {i: rng.sample(same["train"], 10) for i in rows}
     task = RAGTask(list(rows.values()), documents, RAGMix(absent=1, min_docs=4, max_docs=4), found)
     hits = [d["id"] in found[row["id"]] for row, shown, _ in examples(task, 400) for d in shown]
-    assert 0.4 < sum(hits) / len(hits) < 0.6
+    assert 0.3 < sum(hits) / len(hits) < 0.6
 
 
-def test_follow_ups_are_about_the_documents_shown_but_for_one_that_none_answers(rows, documents):
+def test_follow_ups_are_about_the_documents_shown_or_near_misses(rows, documents):
     task = RAGTask(list(rows.values()), documents, RAGMix(absent=0.2, counterfactual=0, follow_up=1, max_questions=6))
     wordings = {w: r for r in task.rows for w in [r["query"], *r["paraphrases"]]}
-    counts, foreign = Counter(), 0
+    counts, asked, refused, near = Counter(), 0, 0, 0
     for _, shown, turns in examples(task, 400):
         ids = {d["id"] for d in shown}
         counts[len(turns)] += 1
-        strange = [q for q, _, _ in turns[1:] if not ids & set(wordings[q]["positive_ids"])]
-        assert len(strange) <= 1 and len(turns) <= 6
-        assert all(a == REFUSED for q, a, _ in turns if q in strange)
-        foreign += bool(strange)
-        assert len({wordings[q]["id"] for q, _, _ in turns}) == len(turns)
-    assert foreign > 20 and len(counts) >= 5
+        for query, answer, _ in turns[1:]:
+            row = wordings[query]
+            here = len(ids & set(row["positive_ids"])) >= (1 if row["hops"] == 1 else len(row["positive_ids"]))
+            assert (answer == REFUSED) == (not here)
+            asked, refused = asked + 1, refused + (not here)
+            relations = {wordings[q].get("relation") for q, a, _ in turns if a != REFUSED}
+            countries = {documents[i]["country"] for i in ids}
+            near += not here and (row["country"] in countries or row.get("relation") in relations)
+        assert len({wordings[q]["id"] for q, _, _ in turns}) == len(turns) <= 6
+    assert len(counts) >= 5 and 0.3 < refused / asked < 0.5 and near > 0.6 * refused
 
 
 def test_every_epoch_draws_anew_and_the_same_epoch_the_same(rows, documents, retrieved):
@@ -616,10 +670,10 @@ def test_a_knowledge_base_of_one_document_is_enough():
     task = RAGTask([row], docs, RAGMix(absent=0.5, counterfactual=0.5, follow_up=0.5))
     answers = set()
     for task.epoch in range(20):
-        answers.add(answer(task[0]))
+        answers.add(strip_citations(answer(task[0])))
         assert len(task[0]["messages"][0]["documents"]) <= 1
         BYTES.render_conversation(task[0])
-    assert answers == {"blue. [1]", ABSTENTION}
+    assert answers == {"blue.", ABSTENTION}
 
 
 @settings(max_examples=200, deadline=None)
