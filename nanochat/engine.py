@@ -4,6 +4,7 @@
     text = engine.answer(conversation)                              # greedy
     for piece in engine.stream(conversation, temperature=0.7): print(piece, end="", flush=True)
     texts = engine.answer_batch(conversations, batch_size=16)       # evaluations
+    texts = engine.answer_batch(engine.focus(conversations))        # the same, documents read one by one
     completions = engine.generate(prompts, max_tokens=64)           # token ids in, ids and log-probabilities out
     prefix = engine.prefill(ids); engine.generate([ids + more], prefix=prefix)  # `ids` is read once
 
@@ -353,6 +354,7 @@ def one_document_each(conversation: dict) -> list[dict]:
     messages, views, number = conversation["messages"], [], 0
     for at, message in enumerate(messages):
         for doc in message["documents"] if message["role"] == "retrieval" else []:
+            doc = doc if isinstance(doc, dict) else vars(doc)
             number = doc.get("number") or number + 1
             only = {**message, "documents": [{**doc, "number": number}]}
             rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]

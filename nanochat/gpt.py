@@ -282,11 +282,15 @@ class GPT(nn.Module):
         """(B, T) ids -> the last hidden states (B, T, C)."""
         return self(ids, return_hidden=True)
 
-    def generate_from_conversation(self, conversation: dict, **sampling) -> str:
-        """Answer a conversation (docs/formats.md) with this model; needs `load_model`, which attaches the tokenizer."""
+    def generate_from_conversation(self, conversation: dict, read: str = "each", **sampling) -> str:
+        """Answer a conversation (docs/formats.md) with this model; needs `load_model`, which attaches the tokenizer.
+
+        Its documents are read one by one (Engine.focus) or, with `read="together"`, in one context.
+        """
         from nanochat.engine import Engine  # the engine builds on this file, not the other way round
 
-        return Engine(self, self.tokenizer).answer(conversation, **sampling)
+        engine = Engine(self, self.tokenizer)
+        return engine.answer(engine.focus([conversation])[0] if read == "each" else conversation, **sampling)
 
     def _positions(self, start: torch.Tensor | int, T: int, x: torch.Tensor) -> Positions | None:
         if "T" not in self.config.block_pattern:

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, sample
+from nanochat.documents import Document
+from nanochat.engine import Engine, one_document_each, sample
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TEXT = "The capital of Freedonia is Oldtown. Its river is long, 1234 km. What is the name of the river? " * 20
@@ -228,3 +230,34 @@ def test_an_empty_prompt_or_batch_size_is_refused():
         make_engine("T").generate([[]])
     with pytest.raises(UserError, match="batch_size"):
         make_engine("T").complete_batch([[1]], batch_size=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents read one by one
+
+
+def test_alone_a_document_keeps_its_number_and_its_question():
+    talk = conversation("And the river?", "one", "two")
+    talk["messages"].insert(1, {"role": "retrieval", "query": "hop", "documents": [Document("3", "T3", "three")]})
+    views = [TOK.decode(TOK.render_conversation(view)[0]) for view in one_document_each(talk)]
+    assert [v.partition("<|doc_start|>")[2].partition("<|doc_end|>")[0] for v in views] == [
+        " [1] T0\n one", " [2] T1\n two", " [3] T3\n three"]  # fmt: skip
+    assert all(v.count("<|retrieval_start|>") == 1 and " And the river?<|user_end|>" in v for v in views)
+    assert "<|retrieval_start|> hop<|doc_start|>" in views[2]
+    assert one_document_each(conversation("Hi")) == []
+
+
+def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable():
+    engine = make_engine(sequence_len=256)
+    several = [
+        conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c", "The river."], ["x", "y"])
+    ]
+    several += [conversation("Hi"), conversation("Alone?", "one")]
+    refuse = TOK.encode_text(ABSTENTION)[0]
+    for talk, chosen in zip(several, engine.focus(several, batch_size=3, max_tokens=20)):
+        views = one_document_each(talk)
+        if len(views) < 2:
+            assert chosen == talk
+            continue
+        p = [engine.score(engine.prompt(view, 20), [refuse])[0] for view in views]
+        assert chosen == views[p.index(min(p))] and len(set(p)) == len(p)
