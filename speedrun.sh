@@ -54,7 +54,7 @@ cpu)
     base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
     mid="--num_iterations 600 --warmdown_ratio 0.3"
     sft="--num_iterations 60"
-    rag="--num_iterations 500 --lr_scale 0.5"
+    rag="--num_iterations 550 --lr_scale 0.5"
     ;;
 node)
     tag=d20 retriever=hybrid n=500 text=fineweb:240

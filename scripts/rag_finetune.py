@@ -47,8 +47,8 @@ class Config(TrainConfig):
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
     drill_share: float = 0.05  # share of drills
-    one_share: float = 0.5  # share of contexts with one document
-    short_share: float = 0.25  # share of contexts with several, cut to three sentences; the rest: one or several, whole
+    one_share: float = 0.6  # share of contexts with one document
+    short_share: float = 0.2  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
 
