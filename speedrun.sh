@@ -5,8 +5,7 @@
 #                            40 minutes on two cores with bf16 units, and on a GPU if there is one; node, 8 GPUs, depth
 #                            20, never run by us. Default: node with 8 GPUs or more, else cpu.
 #   NANOCHAT_BASE_DIR=path   where everything is written (default ~/.cache/nanochat/<preset>)
-#   NPROC=n                  processes a training stage uses (default: the number of GPUs for node, 2 for cpu without
-#                            a GPU, else 1)
+#   NPROC=n                  processes a training stage uses (default: without GPUs 2; for node their number; else 1)
 #
 # Run it again after an interruption and it goes on where it stopped: what is finished is not done again, a training
 # stage continues from its last checkpoint. setup.sh says which Python and which PyTorch it uses.
@@ -26,8 +25,8 @@ source ./setup.sh
 machine=$(python -c "import os, torch; print(os.cpu_count(), torch.cuda.device_count())")
 read -r cores gpus <<<"$machine"
 preset=${SPEEDRUN:-$([ "$gpus" -ge 8 ] && echo node || echo cpu)}
-case $preset.$gpus in # two processes that meet once a step wait less for each other than two threads in every product
-cpu.0) processes=$((cores > 1 ? 2 : 1)) ;;
+case $preset.$gpus in # on cores that do other things, too, two processes that meet once a step are faster than two threads
+cpu.0 | smoke.0) processes=$((cores > 1 ? 2 : 1)) ;;
 node.[1-9]*) processes=$gpus ;;
 *) processes=1 ;;
 esac
@@ -36,21 +35,23 @@ export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/$preset}"
 # threads that wait for work sleep instead of spinning: on a machine that does other things too, that is faster
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
+share() { # share ROWS: a process's part of the rows of a step, at least one
+    echo "--device_batch_size $(($1 < NPROC ? 1 : $1 / NPROC))"
+}
 case $preset in
 smoke)
     tag=smoke retriever=bm25 n=40 text=embedded
     tok="--max_chars 3000000 --vocab_size 2048"
-    common="--resume true --save_every 50 --device_batch_size 4"
+    common="--resume true --save_every 50 $(share 4)"
     base="--depth 3 --n_embd 128 --num_iterations 30 --sequence_len 256 --val_batches 2 --eval_every 15"
     mid="--num_iterations 20 --val_batches 2 --eval_every 20 --sequence_len 384"
     sft="--num_iterations 10 --sequence_len 256"
-    rag="--num_iterations 20 --val_examples 10 --sequence_len 640 --device_batch_size 2"
+    rag="--num_iterations 20 --val_examples 10 --sequence_len 640"
     ;;
 cpu)
     tag=cpu retriever=hybrid n=500 text=embedded
     tok=""
-    rows=$((8 / NPROC)) # a step takes 8 rows, however many processes share them
-    common="--resume true --save_every 100 --device_batch_size $((rows > 0 ? rows : 1))"
+    common="--resume true --save_every 100 $(share 8)"
     base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
     mid="--num_iterations 600 --warmdown_ratio 0.3"
     sft="--num_iterations 60"
@@ -76,7 +77,7 @@ data="$out/factbook"
 kb="$data/knowledge_base"
 if [ "$NPROC" -gt 1 ]; then # torchrun, of the python in use
     threads=$((gpus > 0 || cores < NPROC ? 1 : cores / NPROC))
-    run="env OMP_NUM_THREADS=$threads python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
+    run="env OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
 else
     run="python -m"
 fi

@@ -177,25 +177,21 @@ class Engine:
                 bar.update(len(rows))
         return done
 
-    def focus(
-        self, conversations: Sequence[dict], batch_size: int = 16, max_tokens: int = 256, progress: bool = False
-    ) -> list[dict]:
+    def focus(self, conversations: Sequence[dict], max_tokens: int = 256, progress: bool = False) -> list[dict]:
         """The conversations, each with the one document that the model is surest it can answer from.
 
         Every document is read alone; the one after which the abstention is least probable stays, under the number it
-        had, and the answer comes from a context a small model reads well. After OPRM (2505.07793, section 3), which
-        compares the entropy of answers; here abstaining is trained, so its probability is the better judge. A question
-        that needs two documents at once can't be asked this way.
+        had, and the answer comes from a context that a small model reads well. The idea is OPRM's (2505.07793), which
+        goes by the entropy of the answer; the probability of a sentence the model is trained to abstain with was at
+        hand (the two were not compared). A question that needs two documents at once can't be asked this way.
         """
-        alone = [one_document_each(c) for c in conversations]
-        many = [(i, k) for i, views in enumerate(alone) if len(views) > 1 for k in range(len(views))]
-        prompts = [self.prompt(alone[i][k], max_tokens) for i, k in many]
-        abstain = self.tokenizer.encode_text(ABSTENTION)[0]
-        done = self.complete_batch(prompts, batch_size, 1, watch=[abstain], progress=progress)
-        best: dict[int, tuple[float, int]] = {}
-        for (i, k), completion in zip(many, done):
-            best[i] = min(best.get(i, (math.inf, 0)), (completion.watched[0], k))
-        return [alone[i][best[i][1]] if i in best else c for i, c in enumerate(conversations)]
+        refusal = self.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
+        chosen = []
+        for conversation in tqdm(conversations, unit="question", disable=not progress, leave=False):
+            views = one_document_each(conversation)
+            unsure = [sum(self.score(self.prompt(v, max_tokens), refusal)) for v in views] if len(views) > 1 else []
+            chosen.append(views[unsure.index(min(unsure))] if unsure else conversation)
+        return chosen
 
     def stream(
         self,

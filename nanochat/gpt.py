@@ -285,12 +285,16 @@ class GPT(nn.Module):
     def generate_from_conversation(self, conversation: dict, read: str = "each", **sampling) -> str:
         """Answer a conversation (docs/formats.md) with this model; needs `load_model`, which attaches the tokenizer.
 
-        Its documents are read one by one (Engine.focus) or, with `read="together"`, in one context.
+        Its documents are read one by one (`read="each"`, Engine.focus) or all in one context ("together").
         """
+        if read not in ("each", "together"):
+            raise UserError(f"read={read!r}: choose 'each' or 'together'")
         from nanochat.engine import Engine  # the engine builds on this file, not the other way round
 
         engine = Engine(self, self.tokenizer)
-        return engine.answer(engine.focus([conversation])[0] if read == "each" else conversation, **sampling)
+        if read == "each":
+            [conversation] = engine.focus([conversation], sampling.get("max_tokens", 256))
+        return engine.answer(conversation, **sampling)
 
     def _positions(self, start: torch.Tensor | int, T: int, x: torch.Tensor) -> Positions | None:
         if "T" not in self.config.block_pattern:

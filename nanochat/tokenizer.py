@@ -207,6 +207,9 @@ def check_conversation(conversation: dict) -> dict:
             get = lambda d: d.get("content") if isinstance(d, dict) else getattr(d, "content", None)
             if not isinstance(docs, list) or not all(isinstance(get(d), str) for d in docs):
                 raise UserError(f"message {n}: a retrieval message needs 'documents', each with a text 'content'")
+            numbers = [d["number"] for d in docs if isinstance(d, dict) and d.get("number") is not None]
+            if not all(type(number) is int and number > 0 for number in numbers):
+                raise UserError(f"message {n}: a document's 'number' must be a whole number from 1")
         elif not isinstance(message.get("content"), str):
             raise UserError(f"message {n}: a {role} message needs a text 'content'")
     return conversation

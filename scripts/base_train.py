@@ -24,7 +24,7 @@ from nanochat.train import Eval, TrainConfig, train
 from tasks.common import MixStream, check_shares
 from tasks.drills import DrillStream, climb
 
-DRILL_EVERY = 10  # steps between looks at the ladder: 16 short forward passes each
+DRILL_EVERY = 10  # steps between looks at the ladder: 8 short forward passes for each kind of drill
 
 
 @dataclass

@@ -73,11 +73,11 @@ class Chat:
         conversation = self._conversation(question)
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
         if c.read == "each":
-            conversation = self.engine.focus([conversation], max_tokens=c.max_tokens)[0]
+            [conversation] = self.engine.focus([conversation], c.max_tokens)
         ids = self.engine.prompt(conversation, c.max_tokens)
-        all_read = range(1, len(self.documents) + 1)
-        self.read = set(all_read) if c.read == "each" else numbers_read(ids, self.engine.tokenizer)
-        self.answer = ""
+        self.read, self.answer = numbers_read(ids, self.engine.tokenizer), ""
+        if c.read == "each" and self.read:  # the one that was chosen had room, and so had each of the others
+            self.read = set(range(1, len(self.documents) + 1))
         try:
             for piece in self.engine.stream(
                 ids, self.engine.room(c.max_tokens), c.temperature, top_p=c.top_p, seed=c.seed + len(self.turns)

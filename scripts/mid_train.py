@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, float]:
     chat = [ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])
     documents = load_documents()
     rows = load_queries("train")
-    reading = RAGMix(absent=0.3, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
+    reading = RAGMix(absent=0.3, paired=0.5, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
     single = [r for r in load_queries("val") if r["type"] == "single"]
     unseen = RAGTask(single, documents, RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1))
     streams = {

@@ -149,11 +149,11 @@ def main(config: Config) -> dict:
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
     }
+    if config.read == "together":
+        del settings["retrieved_together"]  # it would be the same as retrieved
     wanted = [name.strip() for name in config.rows.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in settings]:
         raise UserError(f"--rows {unknown[0]}: choose from {', '.join(settings)}")
-    if config.read == "together":
-        del settings["retrieved_together"]
     wanted = wanted or [name for name, (kind, _) in settings.items() if kind in by_type]
     if empty := [name for name in wanted if settings[name][0] not in by_type]:
         raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
@@ -171,7 +171,7 @@ def main(config: Config) -> dict:
         else:
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
             if config.read == "each" and not name.startswith(TOGETHER):
-                conversations = engine.focus(conversations, config.batch_size, config.max_tokens, progress=True)
+                conversations = engine.focus(conversations, config.max_tokens, progress=True)
             answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=True)
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)
@@ -198,7 +198,7 @@ def main(config: Config) -> dict:
 def ask(query: str, docs: list[Document]) -> dict:
     """The conversation that asks `query` over `docs` (none: closed book)."""
     user = {"role": "user", "content": query}
-    shown = [doc.to_dict() for doc in docs]
+    shown = [{"id": doc.id, "title": doc.title, "content": doc.content, "score": doc.score} for doc in docs]
     return {"messages": [{"role": "retrieval", "query": query, "documents": shown}, user] if docs else [user]}
 
 

@@ -42,12 +42,13 @@ class Config(TrainConfig):
     top_k: int = 5  # documents in a context, at most
     num_iterations: int = 400  # optimizer steps
     sequence_len: int = 1024  # tokens per row
-    absent: float = 0.3  # share of questions that the documents don't answer
+    absent: float = 0.3  # share of contexts without their first question's gold document, and of near misses
+    paired: float = 0.5  # share of contexts in which every question has a near miss that differs by the country only
     counterfactual: float = 0.25  # share of examples with names and answers exchanged
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
     drill_share: float = 0.05  # share of drills
-    one_share: float = 0.6  # share of contexts with one document
+    one_share: float = 0.6  # share of contexts with one document (two, if the question has two hops)
     short_share: float = 0.2  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
@@ -77,7 +78,8 @@ def main(config: Config) -> dict[str, float]:
 
     # 3. Data
     found = retrieve_all(manager, train_rows)
-    whole = RAGMix(config.absent, config.counterfactual, follow_up=0.9, max_questions=10, max_docs=config.top_k)
+    shares = (config.absent, config.paired, config.counterfactual)
+    whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k)
     one = replace(whole, max_docs=1)
     short = replace(whole, min_docs=min(2, config.top_k), sentences=3)
     tasks = {

@@ -12,7 +12,7 @@ lookup:  <|bos|><|retrieval_start|><|doc_start|> thing1 field1 <|mem|> thing1 <|
          <|retrieval_end|><|user_start|> field1 <|mem|> thing1 <|user_end|><|assistant_start|> value <|assistant_end|> …
 
 Recall asks by one key. Lookup is what documents ask for: several tell the same fields of different things, so that only
-both names together find the value; higher up, a quarter of the questions has no answer and gets the abstention.
+both names together find the value; higher up, a third of the questions has no answer and gets the abstention.
 """
 
 import random
@@ -25,9 +25,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.common import MixStream
 
 LEARNED = 0.7  # accuracy that opens the next level
-ABSTAIN_FROM = (
-    4  # level from which lookups ask in vain, too; before the lookup is learned it would be all that is learned
-)
+ABSTAIN_FROM = 4  # lookups are in vain, too, from here on; earlier, to abstain is all that would be learned
 # (symbols, length); 0 symbols = the whole vocabulary
 LADDER = [(64, 16), (64, 48), (128, 48), (256, 48), (512, 64), (1024, 64), (2048, 96), (0, 128), (0, 224)]
 
@@ -117,7 +115,7 @@ class DrillStream:
 
 
 @torch.no_grad()
-def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 16, seed: int = 10**6) -> float:
+def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 8, seed: int = 10**6) -> float:
     """Share of target tokens predicted right (teacher-forced argmax) on `n` drills that training never draws."""
     device = next(model.parameters()).device
     right = total = 0
@@ -142,8 +140,9 @@ def climb(
     """
     top = len(LADDER) - 1
     while True:
-        accuracy = {kind: from_main(drill_accuracy(model, stream, kind, stream.level)) for kind in ("copy", "lookup")}
-        learned = min(accuracy[kind] for kind in (("copy", "lookup") if stream.level >= 2 else ("copy",))) > LEARNED
+        kinds = ("copy", "lookup") if stream.level >= 2 else ("copy",)
+        accuracy = {kind: from_main(drill_accuracy(model, stream, kind, stream.level)) for kind in kinds}
+        learned = min(accuracy.values()) > LEARNED
         if not learned or stream.level == top:
             break
         stream.level += 1

@@ -32,7 +32,8 @@ from tasks.common import Task, whole_word
 class RAGMix:
     """What a context looks like, as shares of examples."""
 
-    absent: float = 0.2  # the gold document is not among the documents: abstain
+    absent: float = 0.2  # the gold document is not among the documents: abstain; follow-ups that are near misses
+    paired: float = 0.0  # every question has a near miss that differs by the country only
     counterfactual: float = 0.3  # names and answers exchanged
     follow_up: float = 0.7  # more than one question to the context
     max_questions: int = 8  # in a context with follow-ups
@@ -44,8 +45,8 @@ class RAGMix:
 class RAGTask(Task):
     """See the module's docstring. `rows` are questions, `documents` a knowledge base by id.
 
-    `retrieved` (question id -> document ids, best first) gives the distractors a retriever would: half of the
-    distractors then come from it, the others share the gold document's relation or entity or are random.
+    `retrieved` (question id -> document ids, best first) gives the distractors a retriever would: two fifths of them
+    then come from it, the others share the gold document's relation or entity or are random.
 
     Where documents carry a "split", none is shown from another split than the gold documents of `rows` have:
     training never sees a passage about an entity that a validation or test question asks for.
@@ -90,7 +91,7 @@ class RAGTask(Task):
         gold = [] if absent else self._gold(row, rng)
         ids = gold + self._distractors(row, max(0, n_docs - len(gold)), rng)
         rng.shuffle(ids)
-        shown = [dict(self.documents[d]) for d in ids]
+        shown = [{k: v for k, v in self.documents[d].items() if k != "number"} for d in ids]  # a user's own field
 
         questions = [row]
         if rng.random() < mix.follow_up:
@@ -121,7 +122,7 @@ class RAGTask(Task):
         """More questions to the same documents, and near misses that none of them answers.
 
         Half of the time those that several documents answer, each for its own country. A near miss asks the same about
-        another country or something else about the same one. In half of the contexts every question has one that
+        another country or something else about the same one. In a `paired` context every question has one that
         differs by the country alone: a model that doesn't compare names can't tell them apart.
         """
         more = [r for doc in shown for r in self.by_doc.get(doc["id"], []) if r is not row]
@@ -129,7 +130,7 @@ class RAGTask(Task):
         alike = [r for r in more if asked[r.get("relation", "")] > 1]
         more = alike if alike and rng.random() < 0.5 else more
         more = rng.sample(more, min(len(more), rng.randint(1, self.mix.max_questions - 1)))
-        paired = self.mix.absent > 0 and rng.random() < 0.5
+        paired = rng.random() < self.mix.paired
         for question in [row, *more]:
             if paired or rng.random() < self.mix.absent:
                 near = self.by_relation if paired or rng.random() < 0.5 else self.rows_of_country

@@ -187,6 +187,7 @@ def test_bad_input_is_one_line_and_exit_code_2(home, monkeypatch, capsys):
     refused(monkeypatch, capsys, "--max_tokens", "0", "-p", "hi")
     refused(monkeypatch, capsys, "--device", "toaster", "-p", "hi")
     assert "top_k" in refused(monkeypatch, capsys, *kb, "--top_k", "0", "-p", "hi")
+    assert "--read all: choose each or together" in refused(monkeypatch, capsys, *kb, "--read", "all", "-p", "hi")
     assert "did you mean --temperature" in refused(monkeypatch, capsys, "--temprature", "1")
 
 

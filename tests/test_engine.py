@@ -202,7 +202,20 @@ def test_answer_batch_answers_as_answer_does():
     engine = make_engine()
     asked = [conversation("What is the river?", "one two"), conversation("Why?"), conversation("Who is it?", "x", "y")]
     assert engine.answer_batch(asked, batch_size=2, max_tokens=9) == [engine.answer(c, max_tokens=9) for c in asked]
-    assert engine.model.generate_from_conversation(asked[0], max_tokens=9) == engine.answer(asked[0], max_tokens=9)
+
+
+@pytest.mark.parametrize("read", ["each", "together"])
+def test_the_model_itself_answers_after_reading_one_by_one_or_together(read):
+    engine = make_engine(sequence_len=256)
+    talks = [conversation(q, "one two", "three", "x y z") for q in ("River?", "Capital?", "Where is it?")]
+    chosen = engine.focus(talks, 9) if read == "each" else talks
+    expected = [engine.answer(c, max_tokens=9) for c in chosen]
+    assert [engine.model.generate_from_conversation(c, read=read, max_tokens=9) for c in talks] == expected
+    assert [engine.answer(c, max_tokens=9) for c in engine.focus(talks)] != [
+        engine.answer(c, max_tokens=9) for c in talks
+    ]
+    with pytest.raises(UserError, match="each"):
+        engine.model.generate_from_conversation(talks[0], read="both")
 
 
 def test_bf16_weights_cast_once_work():
@@ -253,11 +266,11 @@ def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable
         conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c", "The river."], ["x", "y"])
     ]
     several += [conversation("Hi"), conversation("Alone?", "one")]
-    refuse = TOK.encode_text(ABSTENTION)[0]
-    for talk, chosen in zip(several, engine.focus(several, batch_size=3, max_tokens=20)):
+    refusal = TOK.encode_text(ABSTENTION)
+    for talk, chosen in zip(several, engine.focus(several, max_tokens=20)):
         views = one_document_each(talk)
         if len(views) < 2:
             assert chosen == talk
             continue
-        p = [engine.score(engine.prompt(view, 20), [refuse])[0] for view in views]
-        assert chosen == views[p.index(min(p))] and len(set(p)) == len(p)
+        unsure = [sum(engine.score(engine.prompt(view, 20), refusal)) for view in views]
+        assert chosen == views[unsure.index(min(unsure))] and len(set(unsure)) == len(unsure)

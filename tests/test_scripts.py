@@ -309,6 +309,9 @@ BAD = {
     "unknown row": (rag_eval, "--knowledge_base KB --queries QUERIES --rows oracel", "--rows oracel"),
     "a row that nobody asks for": (rag_eval, "--knowledge_base KB --queries QUERIES --rows retrieved_held_out_wording",
                                    "has no question for it"),
+    "unknown way to read": (rag_eval, "--knowledge_base KB --queries QUERIES --read all", "--read all: choose each or"),
+    "a row that would be another's": (rag_eval, "--knowledge_base KB --queries QUERIES --read together --rows "
+                                      "retrieved_together", "--rows retrieved_together: choose from"),
     "no examples": (rag_eval, "--knowledge_base KB --queries QUERIES --max_examples 0", "--max_examples 0: at least 1"),
     "batches of none": (rag_eval, "--knowledge_base KB --queries QUERIES --batch_size 0", "--batch_size 0"),
     "no document shown": (rag_eval, "--knowledge_base KB --queries QUERIES --top_k 0", "--top_k 0"),

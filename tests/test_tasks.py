@@ -395,7 +395,7 @@ def test_without_patience_text_waits_for_the_top():
 
 
 def test_rank_0_decides_for_all_how_far_the_ladder_is_climbed(monkeypatch):
-    told = iter([0.9, 0, 0.8, 0, 0.9, 0.9, 0.9, 0.1])  # what rank 0 measured of copying and lookup, level by level
+    told = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.1])  # what rank 0 measured of copying and lookup, level by level
     monkeypatch.setattr(drills, "from_main", lambda own: next(told))
     stream = DrillStream(BYTES)
     assert climb(Copier(False), stream)["level"] == stream.level == 3
@@ -627,7 +627,7 @@ def test_about_half_of_the_distractors_are_what_the_retriever_finds(rows, docume
 
 
 def test_follow_ups_are_about_the_documents_shown_or_near_misses(rows, documents):
-    task = RAGTask(list(rows.values()), documents, RAGMix(absent=0.2, counterfactual=0, follow_up=1, max_questions=6))
+    task = RAGTask(list(rows.values()), documents, RAGMix(0.2, paired=0.5, counterfactual=0, follow_up=1, max_questions=6))
     wordings = {w: r for r in task.rows for w in [r["query"], *r["paraphrases"]]}
     counts, asked, refused, near = Counter(), 0, 0, 0
     for _, shown, turns in examples(task, 400):

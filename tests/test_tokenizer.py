@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -187,8 +188,15 @@ def test_messages_that_dont_fit_are_refused():
         {"messages": [{"role": "retrieval"}]}, {"messages": [{"role": "retrieval", "documents": [{"title": "x"}]}]},
         {"messages": [{"role": "retrieval", "documents": ["x"]}]},
         {"messages": [{"role": "retrieval", "documents": 5}]},
+        *[{"messages": [{"role": "retrieval", "documents": [{"content": "x", "number": n}]}]} for n in (0, "3", True)],
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_refused(bad):
     with pytest.raises(UserError):
         check_conversation(bad)
+
+
+def test_a_document_may_bring_its_number_and_counting_goes_on_from_there():
+    docs = [{"title": "a", "content": "x", **more} for more in ({}, {"number": 7}, {}, {"number": None})]
+    ids, _ = TOK.render_conversation({"messages": [{"role": "retrieval", "documents": docs}]})
+    assert re.findall(r"\[(\d+)\] a", TOK.decode(ids)) == ["1", "7", "8", "9"]
