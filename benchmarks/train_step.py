@@ -4,8 +4,9 @@
     python -m benchmarks.train_step --compile both --output step.json  # compiled and eager, the better one counts
 
 The Llama has AdamW (fused) and the best of three precisions: fp32, bf16 autocast, all bf16. Our models have their own
-optimizer (Muon for matrices) and the dtype training picks on this machine. MFU is the share of the machine's measured
-bf16 matmul rate that goes into the model's own FLOPs. Target: at least 1.5 times the Llama's tokens per second.
+optimizer (Muon for matrices) and the dtype training picks on this machine. Freed memory is kept, as in training, for
+everybody. MFU is the share of the machine's measured bf16 matmul rate that goes into the model's own FLOPs. Target: at
+least 1.5 times the Llama's tokens per second.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from nanochat.common import UserError, pick_dtype
 from nanochat.config import run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizer
+from nanochat.train import keep_memory
 
 
 @dataclass
@@ -95,6 +97,7 @@ def main(config: Config) -> None:
     logging.set_verbosity_error()
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_memory()
     torch.manual_seed(config.seed)
     dtype = pick_dtype("cpu", config.dtype)
     ways = {"no": [False], "yes": [True], "both": [False, True]}[config.compile]

@@ -353,7 +353,7 @@ def _micro_batches(config: TrainConfig, loader: Any, d: Dist) -> int:
 def _prepare(model: nn.Module, config: TrainConfig, groups: list[dict] | None, d: Dist) -> MuonAdamW:
     """Put the model on its device, in training mode, and build its optimizer."""
     if d.device.type == "cpu":
-        _keep_memory()
+        keep_memory()
     if hasattr(model, "set_compute_dtype"):
         model.set_compute_dtype(pick_dtype(d.device.type, config.dtype))
     if config.gradient_checkpointing:
@@ -368,7 +368,7 @@ def _prepare(model: nn.Module, config: TrainConfig, groups: list[dict] | None, d
     return optimizer
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep what is freed: otherwise every large temporary is handed back and paged in anew.
 
     At 8k tokens a step and 7M parameters that took 0.45 of 3.4 CPU-seconds; peak memory is the same.
