@@ -111,7 +111,7 @@ def read_json(path: str | Path) -> object:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError both are
+    except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} is not valid JSON: {e}") from e
 
 
@@ -138,7 +138,7 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}, line {n}: not valid JSON ({e}); every line must be one JSON object") from e
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {n}: a {type(row).__name__}, not a JSON object")

@@ -123,6 +123,8 @@ def parse(config_class: type, argv: Sequence[str] | None = None, description: st
         formatter_class=_formatter(),
         allow_abbrev=False,
     )
+    if (config_class.__doc__ or "").startswith(f"{config_class.__name__}("):  # what dataclass makes up: a raw signature
+        config_class.__doc__ = "Settings; each can be given as a flag."
     parser.add_arguments(config_class, dest="config", default=config_class(**values))
     parsed, unknown = parser.parse_known_args(rest)
     if unknown:

@@ -239,13 +239,21 @@ def _check_type(name: str) -> None:
 def build_kb(documents: Sequence[Document], output: str | Path, type: str = "hybrid", built_from: str = "") -> dict:
     """Write a knowledge base that serves `type` and whatever that includes; returns what kb.json holds.
 
-    An older knowledge base at `output` is replaced; any other folder with something in it is refused. `built_from`
+    An older knowledge base at `output` is replaced; a folder with anything else in it is refused. `built_from`
     (a checksum of the source) lets a caller see that there is nothing to do.
     """
     _check_type(type)
     output = Path(output)
     if output.exists() and not (output / "kb.json").exists() and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not a knowledge base; choose another --output")
+    if (output / "kb.json").exists():
+        old = read_json(output / "kb.json")  # of any version
+        ours = {"kb.json", *(old.get("files", ()) if isinstance(old, dict) else ())}
+        there = (f.relative_to(output).as_posix() for f in output.rglob("*") if f.is_file())
+        if foreign := next((name for name in sorted(there) if name not in ours), ""):
+            raise UserError(
+                f"{output} holds {foreign}, which isn't the knowledge base's; move it away: it would be lost"
+            )
     info = {"format": "nanochat-kb", "version": KB_VERSION, "type": type, "documents": len(documents)}
     with atomic_dir(output) as folder:
         write_jsonl(folder / "documents.jsonl", (doc.to_dict() for doc in documents))
@@ -420,9 +428,13 @@ def evaluate(config: EvalConfig) -> dict:
     """Measure every retriever of the knowledge base; prints a table, writes --output, returns what was written."""
     _require(config, "knowledge_base", "queries")
     info = kb_info(config.knowledge_base)
+    if config.max_examples < 0:
+        raise UserError(f"--max_examples {config.max_examples}: at least 0 (0 takes all)")
     rows = [row for row in read_jsonl(config.queries, ("query", "positive_ids")) if row["positive_ids"]]
-    if any(not isinstance(row["positive_ids"], list) for row in rows):
-        raise UserError(f"{config.queries}: positive_ids must be a list of document ids")
+    for row in rows:
+        ids = row["positive_ids"]
+        if not isinstance(row["query"], str) or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+            raise UserError(f"{config.queries}: a query must be text and positive_ids a list of document ids")
     if config.max_examples and len(rows) > config.max_examples:
         rows = random.Random(config.seed).sample(rows, config.max_examples)
     if not rows:
@@ -454,6 +466,9 @@ COMMANDS = {"prepare_kb": (prepare_kb, PrepareConfig), "query": (query, QueryCon
 
 def cli(argv: list[str]) -> None:
     """`prepare_kb`, `query` or `eval`, then options; options alone mean prepare_kb."""
+    if argv in (["-h"], ["--help"]):
+        print0(f"{__doc__}\nCommands, each with its own --help: {', '.join(COMMANDS)} (the default is prepare_kb)")
+        return
     name = argv[0] if argv and not argv[0].startswith("-") else "prepare_kb"
     if name not in COMMANDS:
         print0(f"error: unknown command '{name}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)

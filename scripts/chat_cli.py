@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, init_distributed
 from nanochat.config import run
 from nanochat.engine import Engine, check_sampling
-from nanochat.rag_utils import document_text, extract_citations, strip_citations
+from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, strip_citations
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
@@ -37,7 +37,7 @@ class Config:
     knowledge_base: str = ""  # folder of a knowledge base; none: chat without documents
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # passages to retrieve for a question
-    read: str = "each"  # each: passages are read one by one, the surest answers; together: all in one context
+    read: str = "each"  # each: passages one by one, the surest answers; together: in one context, harder to read
     prompt: str | None = field(default=None, alias=["-p"])  # answer this question and exit
     system: str = ""  # a system message
     max_tokens: int = 128  # longest answer
@@ -72,6 +72,11 @@ class Chat:
         c = self.config
         conversation = self._conversation(question)
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
+        if self.manager and not self.documents:  # nothing to answer from: the model isn't asked
+            self.read, self.answer = set(), ABSTENTION
+            self.turns.append((question, ABSTENTION))
+            yield ABSTENTION
+            return
         if c.read == "each":
             [conversation] = self.engine.focus([conversation], c.max_tokens)
         ids = self.engine.prompt(conversation, c.max_tokens)

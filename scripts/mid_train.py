@@ -31,9 +31,9 @@ class Config(TrainConfig):
     sequence_len: int = 512  # tokens per row
     data: str = "embedded"  # text: embedded, fineweb:N, or a folder or file of your own
     conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
-    text_share: float = 0.1  # share of samples that are text,
-    drill_share: float = 0.1  # drills,
-    chat_share: float = 0.05  # chat pairs; the rest reads documents
+    text_share: float = 0.1  # share of samples that are text
+    drill_share: float = 0.1  # share of samples that are drills
+    chat_share: float = 0.05  # share of samples that are chat pairs; the rest reads documents
     val_batches: int = 16  # validation batches
     eval_every: int = 100  # steps between validations (0: only at the end)
 

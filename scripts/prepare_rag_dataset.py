@@ -41,6 +41,8 @@ def main(config: Config) -> None:
         raise UserError(f"unknown --mode {config.mode}; choose example or factbook")
     if not config.output:
         raise UserError("give --output, the folder to write")
+    if config.max_conversations < 0:
+        raise UserError(f"--max_conversations {config.max_conversations}: at least 0")
     output = Path(config.output)
 
     # 1. documents and questions

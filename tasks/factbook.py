@@ -27,8 +27,8 @@ def load_queries(path: str | Path) -> list[dict]:
     rows = []
     for n, row in enumerate(read_jsonl(path, required=("id", "query", "answer")), 1):
         row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": "single", "paraphrases": [], **row}
-        if not isinstance(row["query"], str) or not isinstance(row["answer"], str):
-            raise UserError(f"{path}, record {n}: 'query' and 'answer' must be text")
+        if not all(isinstance(row[key], str) for key in ("id", "query", "answer")):
+            raise UserError(f"{path}, record {n}: 'id', 'query' and 'answer' must be text")
         for key in ("answers", "positive_ids", "paraphrases"):
             if not isinstance(row[key], list) or not all(isinstance(x, str) for x in row[key]):
                 raise UserError(f"{path}, record {n}: '{key}' must be a list of texts")

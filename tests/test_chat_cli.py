@@ -12,6 +12,7 @@ from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import build_kb
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import chat_cli
@@ -78,6 +79,13 @@ def test_one_shot_answers_on_stdout_and_shows_passages_on_stderr(home, monkeypat
     asked = {"messages": [{"role": "user", "content": "What is the river of Freedonia?"}]}
     assert out == Engine(model, tokenizer).answer(manager.augment_conversation(asked, 5), max_tokens=8) + "\n"
     assert "[1]" in err and "Freedonia - Land" in err and "cited:" in err
+
+
+def test_where_nothing_is_found_the_model_is_not_asked(home, monkeypatch, capsys):
+    monkeypatch.setattr(Engine, "stream", lambda *args, **more: pytest.fail("asked"))
+    assert cli(monkeypatch, "--knowledge_base", str(home / "kb"), "-p", "zzyzx qwrtp") == 0
+    out, err = capsys.readouterr()
+    assert out == ABSTENTION + "\n" and "no passage was found" in err
 
 
 def test_without_a_knowledge_base_it_just_chats(home, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from nanochat.retrieval import (
     RetrievalManager,
     SimpleRetriever,
     build_kb,
+    cli,
     load_retriever,
 )
 from scripts import prepare_rag_dataset
@@ -304,6 +305,33 @@ def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
     with pytest.raises(UserError, match="exists and is not a knowledge base"):
         build_kb(DOCS, tmp_path / "letters", "simple")
     assert (tmp_path / "letters" / "dear.txt").read_text() == "dear"
+
+
+def test_a_file_of_the_users_in_a_knowledge_base_is_not_lost_when_it_is_built_again(tmp_path):
+    kb = tmp_path / "kb"
+    build_kb(DOCS, kb, "simple")
+    info = json.loads((kb / "kb.json").read_text())
+    (kb / "kb.json").write_text(json.dumps({**info, "version": 0}))
+    build_kb(DOCS[:3], kb, "simple")  # an older version's is replaced
+    (kb / "mine.jsonl").write_text(json.dumps({"id": "x", "title": "x", "content": "x"}))
+    with pytest.raises(SystemExit) as end:
+        cli(["prepare_kb", "--documents", str(kb / "mine.jsonl"), "--output", str(kb), "--type", "simple"])
+    assert end.value.code == 2 and (kb / "mine.jsonl").exists()
+    assert len(RetrievalManager("simple", kb).documents) == 3
+
+
+@pytest.mark.parametrize("row", ['{"query": "x", "positive_ids": [["a"]]}', '{"query": 3, "positive_ids": ["a"]}'])
+def test_questions_that_cannot_be_judged_are_one_line(kb, tmp_path, capsys, row):
+    (tmp_path / "q.jsonl").write_text(row + "\n")
+    for more in ([], ["--max_examples", "-3"]):
+        with pytest.raises(SystemExit) as end:
+            cli(["eval", "--knowledge_base", str(kb), "--queries", str(tmp_path / "q.jsonl"), *more])
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_names_the_commands(capsys):
+    cli(["--help"])
+    assert "prepare_kb, query, eval" in capsys.readouterr().out
 
 
 def test_a_conversation_gets_documents_before_its_last_user_message(kb):

@@ -309,6 +309,9 @@ BAD = {
     "unknown row": (rag_eval, "--knowledge_base KB --queries QUERIES --rows oracel", "--rows oracel"),
     "a row that nobody asks for": (rag_eval, "--knowledge_base KB --queries QUERIES --rows retrieved_held_out_wording",
                                    "has no question for it"),
+    "question whose id is no text": (rag_eval, "--knowledge_base KB --queries LISTED", "record 1: 'id', 'query' and"),
+    "a tower of brackets": (rag_eval, "--knowledge_base KB --queries DEEP", "line 1: not valid JSON"),
+    "fewer than no conversations": (prepare_rag_dataset, "--output NEW --max_conversations -1", "at least 0"),
     "unknown way to read": (rag_eval, "--knowledge_base KB --queries QUERIES --read all", "--read all: choose each or"),
     "a row that would be another's": (rag_eval, "--knowledge_base KB --queries QUERIES --read together --rows "
                                       "retrieved_together", "--rows retrieved_together: choose from"),
@@ -343,6 +346,8 @@ def places(world):
     (home / "broken.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "messages": [{"role": "assistant", '
                                        '"content": "x"}]}\n{"id": "b", "que\n')  # fmt: skip
     (home / "other.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "positive_ids": ["not-here"]}\n')
+    (home / "listed.jsonl").write_text('{"id": ["a"], "query": "q?", "answer": "x"}\n')
+    (home / "deep.jsonl").write_text('{"a": ' + "[" * 100_000 + "\n")
     (home / "foreign" / "config.json").write_text("{}")
     step = world.base / "checkpoints" / "mid" / "d2" / "step_000006"
     for file in step.iterdir():
@@ -350,6 +355,7 @@ def places(world):
     return {
         "TEXT": world.text, "EMPTY": home / "empty", "LATIN": home / "latin", "SMALL": home / "small",
         "CODE": home / "code.py", "BROKEN": home / "broken.jsonl", "MINE": home / "mine.jsonl", "CUT": home / "cut",
+        "LISTED": home / "listed.jsonl", "DEEP": home / "deep.jsonl",
         "OTHER": home / "other.jsonl", "FOREIGN": home / "foreign", "KB": world.kb, "RAG": home / "rag",
         "QUERIES": world.queries + "/test.jsonl", "NEW": home / "new",
     }  # fmt: skip

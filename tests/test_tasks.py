@@ -627,7 +627,9 @@ def test_about_half_of_the_distractors_are_what_the_retriever_finds(rows, docume
 
 
 def test_follow_ups_are_about_the_documents_shown_or_near_misses(rows, documents):
-    task = RAGTask(list(rows.values()), documents, RAGMix(0.2, paired=0.5, counterfactual=0, follow_up=1, max_questions=6))
+    task = RAGTask(
+        list(rows.values()), documents, RAGMix(0.2, paired=0.5, counterfactual=0, follow_up=1, max_questions=6)
+    )
     wordings = {w: r for r in task.rows for w in [r["query"], *r["paraphrases"]]}
     counts, asked, refused, near = Counter(), 0, 0, 0
     for _, shown, turns in examples(task, 400):

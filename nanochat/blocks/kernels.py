@@ -43,6 +43,7 @@ def load(name: str, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
     try:
         path = get_base_dir() / "kernels" / f"{Path(name).stem}_{key}.so"
         if not path.exists():
+            print(f"compiling {name}, once ...", file=sys.stderr, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
                 built = Path(tmp) / "built.so"
