@@ -72,6 +72,7 @@ node)
     ;;
 esac
 
+few=$((n < 200 ? n : 200)) # questions where a glance will do
 out="$NANOCHAT_BASE_DIR"
 data="$out/factbook"
 kb="$data/knowledge_base"
@@ -154,10 +155,10 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
     stage "knowledge base" "$data/conversations/val_rag.jsonl" data/factbook/knowledge_base/documents.jsonl \
         python -m scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
     stage pretraining base - $run scripts.base_train --model_tag $tag $common $base
-    evaluate "base evaluation" base_eval base --model_tag $tag --data $text --max_examples $n
+    evaluate "base evaluation" base_eval base --model_tag $tag --data $text --max_examples $few
     stage midtraining mid - $run scripts.mid_train --source_tag $tag --model_tag $tag $common $mid
     stage "chat SFT" sft - $run scripts.chat_sft --source_tag $tag --model_tag $tag $common $sft
-    evaluate "chat evaluation" chat_eval sft --model_tag $tag --max_examples $n
+    evaluate "chat evaluation" chat_eval sft --model_tag $tag --max_examples $few
     stage "RAG SFT" rag - \
         $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
     evaluate "RAG evaluation" rag_eval rag --model_tag $tag --max_examples $n \

@@ -48,7 +48,7 @@ def main(config: Config) -> dict:
         items = cloze_items(split, config.max_examples, config.seed)
         rows[f"cloze_{split}_countries"] = {"n": len(items), "accuracy": multiple_choice(model, tokenizer, items)}
     drills = DrillStream(tokenizer)
-    for kind in ("copy", "recall"):
+    for kind in ("copy", "recall", "lookup"):
         rows[f"drill_{kind}"] = {"n": 32, "accuracy": drill_accuracy(model, drills, kind, len(LADDER) - 1, n=32)}
     for name, row in rows.items():
         print0(f"{name:24s}" + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))

@@ -174,7 +174,7 @@ def test_an_evaluation_writes_rows_config_and_versions(world, name):
 
 def test_the_evaluations_have_the_rows_they_promise(world):
     assert set(world.found["base_eval"]["rows"]) == {
-        "text", "cloze_train_countries", "cloze_val_countries", "drill_copy", "drill_recall",
+        "text", "cloze_train_countries", "cloze_val_countries", "drill_copy", "drill_recall", "drill_lookup",
     }  # fmt: skip
     assert {f"{s}/{r}" for s in ("sft", "mid") for r in ("chat", "reading")} <= set(world.found["chat_eval"]["rows"])
     rows = world.found["rag_eval"]["rows"]
