@@ -797,8 +797,8 @@ def test_closed_book_questions_and_chat_pairs_are_disjoint_between_splits():
     ("row", "message"),
     [
         ({"id": "a", "query": "q?"}, "line 1: no field 'answer'"),
-        ({"id": "a", "query": 5, "answer": "x"}, "record 1: 'query' and 'answer' must be text"),
-        ({"id": "a", "query": "q?", "answer": 5}, "record 1: 'query' and 'answer'"),
+        ({"id": "a", "query": 5, "answer": "x"}, "record 1: 'id', 'query' and 'answer' must be text"),
+        ({"id": "a", "query": "q?", "answer": 5}, "record 1: 'id', 'query' and 'answer'"),
         ({"id": "a", "query": "q?", "answer": "x", "positive_ids": "d"}, "record 1: 'positive_ids' must be a list"),
         ({"id": "a", "query": "q?", "answer": "x", "answers": "x"}, "record 1: 'answers' must be a list"),
         ({"id": "a", "query": "q?", "answer": "x", "paraphrases": [1]}, "record 1: 'paraphrases' must be a list"),
