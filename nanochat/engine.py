@@ -177,7 +177,9 @@ class Engine:
                 bar.update(len(rows))
         return done
 
-    def focus(self, conversations: Sequence[dict], max_tokens: int = 256, progress: bool = False) -> list[dict]:
+    def focus(
+        self, conversations: Sequence[dict], max_tokens: int = 256, batch_size: int = 16, progress: bool = False
+    ) -> list[dict]:
         """The conversations, each with the one document that the model is surest it can answer from.
 
         Every document is read alone; the one after which the abstention is least probable stays, under the number it
@@ -185,12 +187,15 @@ class Engine:
         goes by the entropy of the answer; the probability of a sentence the model is trained to abstain with was at
         hand (the two were not compared). A question that needs two documents at once can't be asked this way.
         """
+        views = [one_document_each(c) for c in conversations]
+        several = [v for v in views if len(v) > 1]
         refusal = self.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
+        prompts = [self.prompt(view, max_tokens) for v in several for view in v]
+        unsure = iter(self.score_batch(prompts, refusal, batch_size, progress))
         chosen = []
-        for conversation in tqdm(conversations, unit="question", disable=not progress, leave=False):
-            views = one_document_each(conversation)
-            unsure = [sum(self.score(self.prompt(v, max_tokens), refusal)) for v in views] if len(views) > 1 else []
-            chosen.append(views[unsure.index(min(unsure))] if unsure else conversation)
+        for conversation, v in zip(conversations, views):
+            p = [next(unsure) for _ in v] if len(v) > 1 else []
+            chosen.append(v[p.index(min(p))] if p else conversation)
         return chosen
 
     def stream(
@@ -293,6 +298,32 @@ class Engine:
                 rest = self.model(ids[None, :-1], cache=read.cache.clone())[0]
                 logits = torch.cat([logits, self._logits(rest)])
             return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+
+    @torch.inference_mode()
+    def score_batch(
+        self, prompts: Sequence[list[int]], answer: list[int], batch_size: int = 16, progress: bool = False
+    ) -> list[float]:
+        """The log-probability of the whole of `answer` after each prompt.
+
+        Rows of one batch are filled up on the right, where nothing looks: much faster than reading them one by one.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out = [0.0] * len(prompts)
+        target = torch.tensor(answer, device=self.device)
+        with tqdm(total=len(prompts), unit="document", disable=not progress, leave=False) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = [prompts[i] + answer for i in order[start : start + batch_size]]
+                ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=self.device)
+                for k, row in enumerate(rows):
+                    ids[k, : len(row)] = torch.tensor(row)
+                hidden = self.model(ids[:, :-1], return_hidden=True)
+                at = torch.stack([h[len(row) - 1 - len(answer) : len(row) - 1] for h, row in zip(hidden, rows)])
+                logprobs = self._logits(self.model.logits(at)).log_softmax(-1)
+                scores = logprobs.gather(-1, target.expand(len(rows), -1)[..., None])[..., 0].sum(-1).tolist()
+                for i, score in zip(order[start : start + batch_size], scores):
+                    out[i] = score
+                bar.update(len(rows))
+        return out
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -171,7 +171,7 @@ def main(config: Config) -> dict:
         else:
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
             if config.read == "each" and not name.startswith(TOGETHER):
-                conversations = engine.focus(conversations, config.max_tokens, progress=True)
+                conversations = engine.focus(conversations, config.max_tokens, config.batch_size, progress=True)
             answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=True)
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)

@@ -260,6 +260,15 @@ def test_alone_a_document_keeps_its_number_and_its_question():
     assert one_document_each(conversation("Hi")) == []
 
 
+@pytest.mark.parametrize("pattern", ["MT", "MM"])
+def test_scores_of_a_batch_of_any_lengths_are_those_of_each_alone(pattern):
+    engine = make_engine(pattern)
+    prompts, answer = prompts_of(5, 70, 17, 1, 17, 40), [3, 1, 200, 7]
+    alone = [sum(engine.score(prompt, answer)) for prompt in prompts]
+    assert engine.score_batch(prompts, answer, batch_size=4) == pytest.approx(alone, abs=1e-3)
+    assert engine.score_batch([], answer) == []
+
+
 def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable():
     engine = make_engine(sequence_len=256)
     several = [
