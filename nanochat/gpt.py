@@ -24,7 +24,7 @@ from nanochat.blocks.transformer import KVState, Positions, TransformerBlock, no
 from nanochat.common import Linear, UserError, parse_pattern
 
 # One period of each preset, repeated to the depth. Hybrid: a third of the layers attend, spread out, the last at the
-# end; denser than Jamba or Granite-4, as there are few layers. benchmarks/patterns.py compares; not run yet.
+# end; denser than Jamba or Granite-4, as there are few layers. benchmarks/patterns.py compares (docs/LOG.md).
 PRESETS = {"gpt": "T", "hybrid": "MMT", "mamba": "M"}
 
 
