@@ -1,4 +1,4 @@
-"""Pretrain a model: first to copy and recall, then to continue text.
+"""Pretrain a model: first to copy, recall and look up, then to continue text.
 
     python -m scripts.base_train --depth 6 --block_pattern hybrid
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 20 --data fineweb:240

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
 Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and reading: one or two documents
-with many questions to each, every field of the factbook, names and answers exchanged in half of them. This dense
-signal is what turns copying into reading (docs/LOG.md).
+with many questions to each, every field of the factbook, names and answers exchanged in half of them, and
+near misses that nothing answers. This dense signal is what turns copying into reading (docs/LOG.md).
 """
 
 from dataclasses import dataclass

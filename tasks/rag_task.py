@@ -5,11 +5,12 @@
 
 Each example is drawn anew in every epoch: which distractors stand beside the gold document, their order and so their
 numbers, the wording of the question, whether the gold document is there at all (if not, the answer is the abstention).
-Two things are meant to make a small model read rather than remember (neither is ablated yet):
+Three things are meant to make a small model read rather than remember (only the last has been compared, docs/LOG.md):
 
 - many questions to one context: a document answers up to a dozen questions, each costs only its own few tokens;
 - counterfactuals: the country gets an invented name and the answer is exchanged for another country's, in the document
-  and in the target alike, so that what the weights know is of no use.
+  and in the target alike, so that what the weights know is of no use;
+- near misses: questions that differ from an answered one by the country alone, and are answered by abstaining.
 """
 
 import random
@@ -32,8 +33,8 @@ from tasks.common import Task, whole_word
 class RAGMix:
     """What a context looks like, as shares of examples."""
 
-    absent: float = 0.2  # the gold document is not among the documents: abstain; follow-ups that are near misses
-    paired: float = 0.0  # every question has a near miss that differs by the country only
+    absent: float = 0.2  # the gold document is not among the documents; also the chance of a question's near miss
+    paired: float = 0.0  # every question has a near miss, and it differs by the country only
     counterfactual: float = 0.3  # names and answers exchanged
     follow_up: float = 0.7  # more than one question to the context
     max_questions: int = 8  # in a context with follow-ups
