@@ -116,7 +116,7 @@ stage() { # stage NAME MAKES FROM COMMAND...: run COMMAND unless what it MAKES i
 evaluate() { # evaluate NAME SCRIPT OF FLAGS...: its results go to evals/SCRIPT.json, and stay while OF is older
     local name=$1 script=$2 of=$3
     shift 3
-    stage "$name" "$out/evals/$script.json" "$of" python -m "scripts.$script" "$@" --output "$out/evals/$script.json"
+    stage "$name" "$out/evals/$script.json" "$of" $run "scripts.$script" "$@" --output "$out/evals/$script.json"
 }
 
 mkdir -p "$out/evals"
@@ -151,7 +151,8 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
 {
     [ $text = embedded ] || stage download "$out/.downloaded" "" python -c "$download" $text "$out/.downloaded"
     stage tokenizer "$out/tokenizer/tokenizer.json" "" python -m scripts.tok_train $tok
-    evaluate "tokenizer evaluation" tok_eval "$out/tokenizer/tokenizer.json"
+    stage "tokenizer evaluation" "$out/evals/tok_eval.json" "$out/tokenizer/tokenizer.json" \
+        python -m scripts.tok_eval --output "$out/evals/tok_eval.json"
     stage "knowledge base" "$data/conversations/val_rag.jsonl" data/factbook/knowledge_base/documents.jsonl \
         python -m scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
     stage pretraining base - $run scripts.base_train --model_tag $tag $common $base

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -273,6 +273,19 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def over_ranks(fn: Callable[[list], list], items: Sequence) -> list:
+    """`fn(items)`, which gives a result for each item, computed in parts by all ranks; every rank gets all of it."""
+    if not dist.is_initialized():
+        return fn(list(items))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts: list[list] = [[]] * world
+    dist.all_gather_object(parts, fn(list(items[rank::world])))
+    out: list = [None] * len(items)
+    for r, part in enumerate(parts):
+        out[r::world] = part
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

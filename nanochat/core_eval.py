@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nanochat.common import is_main, over_ranks
 from nanochat.tokenizer import Tokenizer
 
 
@@ -28,9 +29,13 @@ def choice_scores(model: nn.Module, tokenizer: Tokenizer, context: str, choices:
 
 
 def multiple_choice(model: nn.Module, tokenizer: Tokenizer, items: list[dict]) -> float:
-    """Accuracy over items {"context", "choices", "gold"}."""
-    right = 0
-    for item in tqdm(items, desc="multiple choice", unit="item", leave=False):
-        scores = choice_scores(model, tokenizer, item["context"], item["choices"])
-        right += max(range(len(scores)), key=scores.__getitem__) == item["gold"]
-    return right / len(items)
+    """Accuracy over items {"context", "choices", "gold"}; ranks share them."""
+
+    def judge(part: list[dict]) -> list[bool]:
+        right = []
+        for item in tqdm(part, desc="multiple choice", unit="item", leave=False, disable=not is_main()):
+            scores = choice_scores(model, tokenizer, item["context"], item["choices"])
+            right.append(max(range(len(scores)), key=scores.__getitem__) == item["gold"])
+        return right
+
+    return sum(over_ranks(judge, items)) / len(items)

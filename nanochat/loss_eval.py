@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def evaluate_bpb(
 def text_validation(data: str, tokenizer: Tokenizer, config: Any, n_batches: int) -> Callable[[nn.Module], dict]:
     """An evaluation for the training loop: bits per byte on the first `n_batches` batches of `data`'s val split.
 
-    `config` gives device_batch_size and sequence_len. Every rank sees the same batches, so ranks don't matter.
+    `config` gives device_batch_size and sequence_len. Ranks share the batches.
     """
     texts, sizes = load_texts(data, "val"), tokenizer.token_bytes()
 
@@ -53,6 +54,8 @@ def text_validation(data: str, tokenizer: Tokenizer, config: Any, n_batches: int
         stream = TextStream(texts, tokenizer, seed=0)
         length = config.sequence_len or model.config.sequence_len
         loader = PackedLoader(stream, config.device_batch_size, length, buffer_size=64)
-        return {"val_bpb": evaluate_bpb(model, (next(loader) for _ in range(n_batches)), sizes)}
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = islice(islice(loader, n_batches), rank, None, world)
+        return {"val_bpb": evaluate_bpb(model, mine, sizes)}
 
     return validate

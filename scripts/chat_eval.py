@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model, versions
-from nanochat.common import UserError, init_distributed, print0, write_json
+from nanochat.common import UserError, init_distributed, over_ranks, print0, write_json
 from nanochat.config import run
 from nanochat.engine import Engine
 from nanochat.rag_utils import answer_f1, exact_match
@@ -83,7 +83,8 @@ def pick(items: Sequence | Task, config: Config) -> list[dict]:
 def closed_book(engine: Engine, conversations: list[dict], batch_size: int) -> dict[str, float]:
     """F1 and exact match of the answers to closed-book questions."""
     wanted = [c["messages"][1]["content"].rstrip(".") for c in conversations]
-    got = engine.answer_batch([{"messages": c["messages"][:1]} for c in conversations], batch_size, 32)
+    asked = [{"messages": c["messages"][:1]} for c in conversations]
+    got = over_ranks(lambda part: engine.answer_batch(part, batch_size, 32), asked)
     f1 = [answer_f1(g, [w]) for g, w in zip(got, wanted)]
     em = [exact_match(g, [w]) for g, w in zip(got, wanted)]
     return {"n": len(f1), "f1": sum(f1) / len(f1), "em": sum(em) / len(em)}

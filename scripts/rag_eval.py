@@ -1,6 +1,7 @@
 """Measure a RAG model: does it answer from documents about entities it has never seen, cite them, and abstain?
 
     python -m scripts.rag_eval --source rag --knowledge_base KB --queries Q/test.jsonl --output rag_eval.json
+    torchrun --standalone --nproc_per_node=2 -m scripts.rag_eval ...    # the processes share the questions
 
 Every row asks questions of `--queries` in another setting:
 
@@ -35,7 +36,7 @@ from functools import partial
 from itertools import islice
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, init_distributed, print0, versions, write_json, write_jsonl
+from nanochat.common import UserError, init_distributed, is_main, over_ranks, print0, versions, write_json, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.engine import Engine
@@ -106,7 +107,7 @@ def main(config: Config) -> dict:
     if "single" not in by_type:
         raise UserError(f"{config.queries} has no single-hop question whose gold documents are in this knowledge base")
     asked = list({r["id"]: r for kind in by_type.values() for r in kind}.values())
-    deep = manager.retrieve_batch([r["query"] for r in asked], config.top_k + 10)
+    deep = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in asked])
     found = {r["id"]: docs for r, docs in zip(asked, deep)}
 
     def gold(row: dict) -> list[Document]:
@@ -169,10 +170,9 @@ def main(config: Config) -> dict:
         elif name == "first_entity":
             answers = [_first_entity(docs) for docs in shown]
         else:
+            each = config.read == "each" and not name.startswith(TOGETHER)
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
-            if config.read == "each" and not name.startswith(TOGETHER):
-                conversations = engine.focus(conversations, config.max_tokens, config.batch_size, progress=True)
-            answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=True)
+            answers = over_ranks(partial(read_and_answer, engine, config, each), conversations)
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)
         table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
@@ -193,6 +193,14 @@ def main(config: Config) -> dict:
         write_json(config.output, result)
         write_jsonl(config.output.removesuffix(".json") + ".answers.jsonl", log)
     return result
+
+
+def read_and_answer(engine: Engine, config: Config, each: bool, conversations: list[dict]) -> list[str]:
+    """The answers to conversations whose documents are read one by one (`each`) or together."""
+    bar = is_main()
+    if each:
+        conversations = engine.focus(conversations, config.max_tokens, config.batch_size, progress=bar)
+    return engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=bar)
 
 
 def ask(query: str, docs: list[Document]) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanochat.checkpoint_manager import load_model, parent_meta
-from nanochat.common import UserError, init_distributed, parse_pattern
+from nanochat.common import UserError, init_distributed, is_main, over_ranks, parse_pattern
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
 from nanochat.retrieval import RetrievalManager
@@ -112,13 +112,18 @@ def main(config: Config) -> dict[str, float]:
 
 
 def retrieve_all(manager: RetrievalManager, rows: list[dict], top_k: int = 10) -> dict[str, list[str]]:
-    """Question id -> ids of the best `top_k` documents."""
-    found: dict[str, list[str]] = {}
-    for start in tqdm(range(0, len(rows), 256), desc="retrieving", unit="batch", leave=False):
-        batch = rows[start : start + 256]
-        for row, docs in zip(batch, manager.retrieve_batch([r["query"] for r in batch], top_k)):
-            found[row["id"]] = [doc.id for doc in docs]
-    return found
+    """Question id -> ids of the best `top_k` documents; ranks share the questions."""
+
+    def search(part: list[dict]) -> list[list[str]]:
+        out: list[list[str]] = []
+        for start in tqdm(
+            range(0, len(part), 256), desc="retrieving", unit="batch", leave=False, disable=not is_main()
+        ):
+            hits = manager.retrieve_batch([r["query"] for r in part[start : start + 256]], top_k)
+            out += [[doc.id for doc in docs] for docs in hits]
+        return out
+
+    return {row["id"]: ids for row, ids in zip(rows, over_ranks(search, rows))}
 
 
 if __name__ == "__main__":

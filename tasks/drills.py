@@ -19,7 +19,7 @@ import random
 
 import torch
 
-from nanochat.common import from_main
+from nanochat.common import over_ranks
 from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import Tokenizer
 from tasks.common import MixStream
@@ -116,16 +116,23 @@ class DrillStream:
 
 @torch.no_grad()
 def drill_accuracy(model, stream: DrillStream, kind: str, level: int, n: int = 8, seed: int = 10**6) -> float:
-    """Share of target tokens predicted right (teacher-forced argmax) on `n` drills that training never draws."""
+    """Share of target tokens predicted right (teacher-forced argmax) on `n` drills that training never draws.
+
+    Ranks share the drills.
+    """
     device = next(model.parameters()).device
-    right = total = 0
-    for i in range(n):
-        ids, mask = getattr(stream, kind)(random.Random(f"eval/{seed}/{i}"), level)
-        hidden = model(torch.tensor([ids[:-1]], device=device), return_hidden=True)
-        keep = torch.tensor(mask[1:], device=device).bool()
-        guess = model.logits(hidden[0, keep]).argmax(-1)
-        right += int((guess == torch.tensor(ids[1:], device=device)[keep]).sum())
-        total += int(keep.sum())
+
+    def judge(part: list[int]) -> list[tuple[int, int]]:
+        counts = []
+        for i in part:
+            ids, mask = getattr(stream, kind)(random.Random(f"eval/{seed}/{i}"), level)
+            hidden = model(torch.tensor([ids[:-1]], device=device), return_hidden=True)
+            keep = torch.tensor(mask[1:], device=device).bool()
+            guess = model.logits(hidden[0, keep]).argmax(-1)
+            counts.append((int((guess == torch.tensor(ids[1:], device=device)[keep]).sum()), int(keep.sum())))
+        return counts
+
+    right, total = map(sum, zip(*over_ranks(judge, range(n))))
     return right / total
 
 
@@ -135,13 +142,12 @@ def climb(
     """An evaluation for the training loop that moves the curriculum: raise the level while this one is learned.
 
     That is copying and, from level 2, lookup. When the top is learned, or after `patience` looks (0: never), `mix` gets
-    the weights `after`: text takes over. Rank 0's accuracy decides for all ranks. Returns the accuracy of all drills at
-    the level reached, and the level.
+    the weights `after`: text takes over. Returns the accuracy of all drills at the level reached, and the level.
     """
     top = len(LADDER) - 1
     while True:
         kinds = ("copy", "lookup") if stream.level >= 2 else ("copy",)
-        accuracy = {kind: from_main(drill_accuracy(model, stream, kind, stream.level)) for kind in kinds}
+        accuracy = {kind: drill_accuracy(model, stream, kind, stream.level) for kind in kinds}
         learned = min(accuracy.values()) > LEARNED
         if not learned or stream.level == top:
             break

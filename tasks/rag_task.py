@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from nanochat.common import UserError
+from nanochat.common import UserError, over_ranks
 from nanochat.engine import Engine
 from nanochat.rag_utils import ABSTENTION, answer_f1, exact_match, is_abstention, is_supported, strip_citations
 from nanochat.tokenizer import Tokenizer
@@ -253,7 +253,8 @@ def reading_eval(
         c["messages"] = c["messages"][:2]  # the documents and the first question
 
     def evaluate(model) -> dict[str, float]:
-        answers = Engine(model, tokenizer).answer_batch(conversations, max_tokens=max_tokens)
+        engine = Engine(model, tokenizer)
+        answers = over_ranks(lambda part: engine.answer_batch(part, max_tokens=max_tokens), conversations)
         f1, em, abstained = [], [], []
         for got, want in zip(answers, wanted):
             if is_abstention(want):

@@ -394,9 +394,9 @@ def test_without_patience_text_waits_for_the_top():
     assert mix.weights["text"] == 0.02
 
 
-def test_rank_0_decides_for_all_how_far_the_ladder_is_climbed(monkeypatch):
-    told = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.1])  # what rank 0 measured of copying and lookup, level by level
-    monkeypatch.setattr(drills, "from_main", lambda own: next(told))
+def test_what_all_ranks_measured_decides_how_far_the_ladder_is_climbed(monkeypatch):
+    right = iter([9, 8, 9, 9, 9, 1, 5])  # of copying and lookup, level by level, and of recall at the end
+    monkeypatch.setattr(drills, "over_ranks", lambda fn, items: [(next(right), 9), (0, 1)])
     stream = DrillStream(BYTES)
     assert climb(Copier(False), stream)["level"] == stream.level == 3
 

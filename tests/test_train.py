@@ -298,7 +298,7 @@ def test_keep_last_removes_older_checkpoints():
 TWO = """
 import os, signal, torch
 from nanochat import optim
-from nanochat.common import cleanup_distributed, from_main, init_distributed
+from nanochat.common import cleanup_distributed, from_main, init_distributed, over_ranks
 from nanochat.train import Eval, mean_loss
 import test_train
 torch.set_num_threads(1)
@@ -308,6 +308,10 @@ def stop(model):
     if d.rank == 1:
         signal.raise_signal(signal.SIGTERM)
     return {}
+for n in (0, 1, 5):
+    seen = []
+    assert over_ranks(lambda part: [seen.append(i) or i * i for i in part], range(n)) == [i * i for i in range(n)]
+    assert seen == list(range(d.rank, n, 2))
 run = lambda tag, **o: test_train.tiny_run(tag, mean_loss, dist_info=d, model=test_train.tiny_model(seed=d.rank), **o)
 run("two")
 try:
