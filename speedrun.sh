@@ -163,7 +163,7 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
     stage "RAG SFT" rag - \
         $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
     evaluate "RAG evaluation" rag_eval rag --model_tag $tag --max_examples $n \
-        --knowledge_base "$kb" --queries "$data/queries/test.jsonl" --retriever_type $retriever
+        --knowledge_base "$kb" --queries "$data/queries/test.jsonl" --calibrate "$data/queries/val.jsonl" --retriever_type $retriever
 }
 echo
 python -m nanochat.report --evals "$out/evals" --output "$out/report"

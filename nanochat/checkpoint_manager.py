@@ -325,8 +325,9 @@ def load_model(
     tokenizer = Tokenizer.load(path)
     try:
         config = GPTConfig(**meta["model_config"])
-    except (KeyError, TypeError) as e:
-        raise UserError(f"{path}/meta.json has a model_config this version doesn't know: {e}") from e
+        abstain_above = float(meta.get("abstain_above", 1.0))
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}/meta.json has settings this version doesn't know: {e}") from e
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}: "
@@ -336,6 +337,7 @@ def load_model(
     load_weights(model, weights, path)
     model.set_compute_dtype(pick_dtype(torch.device(device).type, dtype))
     model.tokenizer = tokenizer
+    model.abstain_above = abstain_above
     model.to(device)
     if phase == "eval":
         model.eval().requires_grad_(False)

@@ -4,7 +4,7 @@
     text = engine.answer(conversation)                              # greedy
     for piece in engine.stream(conversation, temperature=0.7): print(piece, end="", flush=True)
     texts = engine.answer_batch(conversations, batch_size=16)       # evaluations
-    texts = engine.answer_batch(engine.focus(conversations))        # the same, documents read one by one
+    texts, unsure = engine.answer_each(conversations)               # the same, documents read one by one
     completions = engine.generate(prompts, max_tokens=64)           # token ids in, ids and log-probabilities out
     prefix = engine.prefill(ids); engine.generate([ids + more], prefix=prefix)  # `ids` is read once
 
@@ -179,24 +179,40 @@ class Engine:
 
     def focus(
         self, conversations: Sequence[dict], max_tokens: int = 256, batch_size: int = 16, progress: bool = False
-    ) -> list[dict]:
+    ) -> list[tuple[dict, float]]:
         """The conversations, each with the one document that the model is surest it can answer from.
 
-        Every document is read alone; the one after which the abstention is least probable stays, under the number it
-        had, and the answer comes from a context that a small model reads well. The idea is OPRM's (2505.07793), which
-        goes by the entropy of the answer; the probability of a sentence the model is trained to abstain with was at
-        hand (the two were not compared). A question that needs two documents at once can't be asked this way.
+        Beside each stands the probability of abstaining after it, 0 where there is no document. Every document is read
+        alone; the one after which the abstention is least probable stays, under the number it had, and the answer
+        comes from a context that a small model reads well. The idea is OPRM's (2505.07793), which goes by the entropy
+        of the answer; the probability of a sentence the model is trained to abstain with was at hand (the two were not
+        compared). A question that needs two documents at once can't be asked this way.
         """
         views = [one_document_each(c) for c in conversations]
-        several = [v for v in views if len(v) > 1]
         refusal = self.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
-        prompts = [self.prompt(view, max_tokens) for v in several for view in v]
+        prompts = [self.prompt(view, max_tokens) for v in views for view in v]
         unsure = iter(self.score_batch(prompts, refusal, batch_size, progress))
         chosen = []
         for conversation, v in zip(conversations, views):
-            p = [next(unsure) for _ in v] if len(v) > 1 else []
-            chosen.append(v[p.index(min(p))] if p else conversation)
+            p = [math.exp(next(unsure)) for _ in v]
+            chosen.append((v[p.index(min(p))], min(p)) if p else (conversation, 0.0))
         return chosen
+
+    def answer_each(
+        self,
+        conversations: Sequence[dict],
+        batch_size: int = 16,
+        max_tokens: int = 256,
+        progress: bool = False,
+        **sampling,
+    ) -> tuple[list[str], list[float]]:
+        """`answer_batch` after `focus`: the answers, and how probable abstaining was. Above the model's
+        `abstain_above`, a threshold chosen on validation questions (scripts.rag_eval), the answer is to abstain."""
+        focused = self.focus(conversations, max_tokens, batch_size, progress)
+        tried = [c for c, p in focused if p <= self.model.abstain_above]
+        answers = iter(self.answer_batch(tried, batch_size, max_tokens, progress=progress, **sampling))
+        unsure = [p for _, p in focused]
+        return [next(answers) if p <= self.model.abstain_above else ABSTENTION for p in unsure], unsure
 
     def stream(
         self,

@@ -143,6 +143,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(make[kind]() for kind in c.block_pattern)
         self.lm_head = Linear(c.n_embd, c.vocab_size)
         self.gradient_checkpointing = False
+        self.abstain_above = 1.0  # Engine.answer_each abstains where that is more probable; 1: only if decoding does
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ class GPT(nn.Module):
 
         engine = Engine(self, self.tokenizer)
         if read == "each":
-            [conversation] = engine.focus([conversation], sampling.get("max_tokens", 256))
+            return engine.answer_each([conversation], **sampling)[0][0]
         return engine.answer(conversation, **sampling)
 
     def _positions(self, start: torch.Tensor | int, T: int, x: torch.Tensor) -> Positions | None:

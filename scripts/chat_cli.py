@@ -72,17 +72,18 @@ class Chat:
         c = self.config
         conversation = self._conversation(question)
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
-        if self.manager and not self.documents:  # nothing to answer from: the model isn't asked
-            self.read, self.answer = set(), ABSTENTION
+        self.read, abstain = set(), bool(self.manager and not self.documents)  # nothing to answer from
+        if c.read == "each" and self.documents:
+            [(conversation, unsure)] = self.engine.focus([conversation], c.max_tokens)
+            self.read = set(range(1, len(self.documents) + 1))  # each had room
+            abstain = unsure > self.engine.model.abstain_above
+        if abstain:
+            self.answer = ABSTENTION
             self.turns.append((question, ABSTENTION))
             yield ABSTENTION
             return
-        if c.read == "each":
-            [conversation] = self.engine.focus([conversation], c.max_tokens)
         ids = self.engine.prompt(conversation, c.max_tokens)
-        self.read, self.answer = numbers_read(ids, self.engine.tokenizer), ""
-        if c.read == "each" and self.read:  # the one that was chosen had room, and so had each of the others
-            self.read = set(range(1, len(self.documents) + 1))
+        self.read, self.answer = self.read or numbers_read(ids, self.engine.tokenizer), ""
         try:
             for piece in self.engine.stream(
                 ids, self.engine.room(c.max_tokens), c.temperature, top_p=c.top_p, seed=c.seed + len(self.turns)

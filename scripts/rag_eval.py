@@ -18,8 +18,9 @@ Every row asks questions of `--queries` in another setting:
                         first capitalised words of document 1
 
 With `--read each` (the default) every document is read alone and the answer comes from the one that the model is surest
-about (Engine.focus); with `--read together` all stand in one context, as they always do in `two_hop`,
-`retrieved_together` and the rows about positions.
+about (Engine.focus), unless it is less sure than a threshold that `--calibrate Q/val.jsonl` chooses beforehand. With
+`--read together` all stand in one context, as they always do in `two_hop`, `retrieved_together` and the rows about
+positions.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants. hallucination: answered, and no shown
@@ -28,14 +29,17 @@ that were answered and could be; a single-hop question's recall is 1 if any of i
 are 95 % bootstrap.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 
-from nanochat.checkpoint_manager import load_model
+import numpy as np
+
+from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import UserError, init_distributed, is_main, over_ranks, print0, versions, write_json, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
@@ -67,6 +71,7 @@ class Config:
     step: int = 0  # its step; 0: the last
     knowledge_base: str = ""  # folder of the knowledge base
     queries: str = ""  # questions: a .jsonl file
+    calibrate: str = ""  # validation questions: choose the abstention threshold on them, keep it with the checkpoint
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: all in one context
@@ -93,10 +98,14 @@ def main(config: Config) -> dict:
     manager = RetrievalManager(retriever_type=config.retriever_type, knowledge_base_path=config.knowledge_base)
     documents = {doc.id: doc for doc in manager.documents}
     rows = load_queries(config.queries)
-    model, tokenizer, meta = load_model(
-        config.source, d.device, model_tag=config.model_tag or None, step=config.step or None
-    )
+    checkpoint = find_checkpoint(config.source, config.model_tag or None, config.step or None)
+    model, tokenizer, meta = load_model(str(checkpoint), d.device)
     engine = Engine(model, tokenizer)
+    if config.calibrate:
+        model.abstain_above = calibrate(engine, manager, config)
+        if d.rank == 0:
+            write_json(checkpoint / "meta.json", meta | {"abstain_above": model.abstain_above})
+    print0(f"abstains where that is more probable than {model.abstain_above:.3g}")
 
     # 2. The questions of each kind, and what the retriever finds for them
     rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
@@ -164,7 +173,7 @@ def main(config: Config) -> dict:
     for name in wanted:
         kind, choose = settings[name]
         questions = by_type[kind]
-        shown = [choose(r) for r in questions]
+        shown, unsure = [choose(r) for r in questions], [math.nan] * len(questions)
         if name == "always_abstain":
             answers = [ABSTENTION] * len(questions)
         elif name == "first_entity":
@@ -172,14 +181,15 @@ def main(config: Config) -> dict:
         else:
             each = config.read == "each" and not name.startswith(TOGETHER)
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
-            answers = over_ranks(partial(read_and_answer, engine, config, each), conversations)
+            answers, unsure = zip(*over_ranks(partial(read_and_answer, engine, config, each), conversations))
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)
         table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
         log += [
             {"row": name, "id": r["id"], "query": r["query"], "answer": a, "answers": r["answers"],
              "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"]}
-            for r, docs, a in zip(questions, shown, answers)
+            | ({} if math.isnan(p) else {"unsure": p})
+            for r, docs, a, p in zip(questions, shown, answers, unsure)
         ]  # fmt: skip
         print0(
             f"{name:20s}" + "  ".join(f"{k} {v:.3g}" for k, v in table[name].items() if not k.endswith(("_lo", "_hi")))
@@ -187,7 +197,11 @@ def main(config: Config) -> dict:
         for r, a in list(zip(questions, answers))[: config.show]:
             print0(f"    {r['query']} -> {a}   (wanted: {r['answer']})")
 
-    used = vars(config) | {"checkpoint_step": meta["step"], "block_pattern": model.config.block_pattern}
+    used = vars(config) | {
+        "abstain_above": model.abstain_above,
+        "checkpoint_step": meta["step"],
+        "block_pattern": model.config.block_pattern,
+    }
     result = {"rows": table, "config": used, "versions": versions()}
     if config.output and d.rank == 0:
         write_json(config.output, result)
@@ -195,12 +209,41 @@ def main(config: Config) -> dict:
     return result
 
 
-def read_and_answer(engine: Engine, config: Config, each: bool, conversations: list[dict]) -> list[str]:
-    """The answers to conversations whose documents are read one by one (`each`) or together."""
-    bar = is_main()
+def read_and_answer(engine: Engine, config: Config, each: bool, conversations: list[dict]) -> list[tuple[str, float]]:
+    """Answers to conversations whose documents are read one by one (`each`) or together, and how unsure they were."""
     if each:
-        conversations = engine.focus(conversations, config.max_tokens, config.batch_size, progress=bar)
-    return engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=bar)
+        return list(zip(*engine.answer_each(conversations, config.batch_size, config.max_tokens, progress=is_main())))
+    answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=is_main())
+    return [(answer, math.nan) for answer in answers]
+
+
+def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> float:
+    """The threshold on the probability of abstaining that tells best whether the gold document was retrieved.
+
+    Asks 200 of `config.calibrate`'s questions, each with what the retriever finds and the same without the gold.
+    """
+    rows = [r for r in load_queries(config.calibrate) if r["type"] == "single"]
+    rows = random.Random(config.seed).sample(rows, min(config.max_examples, 200, len(rows)))
+    found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
+    hits = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
+    there = [ask(r["query"], docs) for r, docs in hits if any(_is_gold(doc, r) for doc in docs)]
+    rest = [(r, [doc for doc in docs if _is_distractor(doc, r)][: config.top_k]) for r, docs in zip(rows, found)]
+    gone = [ask(r["query"], docs) for r, docs in rest if docs]
+    if not there or not gone:
+        raise UserError(
+            f"--calibrate {config.calibrate}: no single-hop question finds its gold documents, or only those"
+        )
+    focus = partial(engine.focus, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=is_main())
+    unsure = [p for _, p in over_ranks(focus, there + gone)]
+    return best_threshold(unsure[: len(there)], unsure[len(there) :])
+
+
+def best_threshold(answerable: list[float], unanswerable: list[float]) -> float:
+    """The t that maximises the share of `answerable` that is at most t plus the share of `unanswerable` above t."""
+    values = sorted({0.0, 1.0, *answerable, *unanswerable})
+    middles = [(a + b) / 2 for a, b in pairwise(values)] + [1.0]
+    right = lambda t: np.mean(np.array(answerable) <= t) + np.mean(np.array(unanswerable) > t)
+    return max(middles, key=right)
 
 
 def ask(query: str, docs: list[Document]) -> dict:
@@ -239,7 +282,11 @@ def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
 
 def _is_distractor(doc: Document, row: dict) -> bool:
     """Neither gold nor, though not marked so, an answer all the same."""
-    return doc.id not in row["positive_ids"] and not states_answer(doc, row)
+    return not _is_gold(doc, row) and not states_answer(doc, row)
+
+
+def _is_gold(doc: Document, row: dict) -> bool:
+    return doc.id in row["positive_ids"]
 
 
 def _first_entity(docs: list[Document]) -> str:

@@ -1,5 +1,7 @@
 """The engine: the same answers however prompts are read, batched, resumed or streamed."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,10 +210,10 @@ def test_answer_batch_answers_as_answer_does():
 def test_the_model_itself_answers_after_reading_one_by_one_or_together(read):
     engine = make_engine(sequence_len=256)
     talks = [conversation(q, "one two", "three", "x y z") for q in ("River?", "Capital?", "Where is it?")]
-    chosen = engine.focus(talks, 9) if read == "each" else talks
+    chosen = [c for c, _ in engine.focus(talks, 9)] if read == "each" else talks
     expected = [engine.answer(c, max_tokens=9) for c in chosen]
     assert [engine.model.generate_from_conversation(c, read=read, max_tokens=9) for c in talks] == expected
-    assert [engine.answer(c, max_tokens=9) for c in engine.focus(talks)] != [
+    assert [engine.answer(c, max_tokens=9) for c, _ in engine.focus(talks)] != [
         engine.answer(c, max_tokens=9) for c in talks
     ]
     with pytest.raises(UserError, match="each"):
@@ -276,10 +278,18 @@ def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable
     ]
     several += [conversation("Hi"), conversation("Alone?", "one")]
     refusal = TOK.encode_text(ABSTENTION)
-    for talk, chosen in zip(several, engine.focus(several, max_tokens=20)):
-        views = one_document_each(talk)
-        if len(views) < 2:
-            assert chosen == talk
+    focused = engine.focus(several, max_tokens=20)
+    for talk, (chosen, p) in zip(several, focused):
+        if not (views := one_document_each(talk)):
+            assert (chosen, p) == (talk, 0)
             continue
-        unsure = [sum(engine.score(engine.prompt(view, 20), refusal)) for view in views]
+        unsure = [math.exp(sum(engine.score(engine.prompt(view, 20), refusal))) for view in views]
         assert chosen == views[unsure.index(min(unsure))] and len(set(unsure)) == len(unsure)
+        assert p == pytest.approx(min(unsure), rel=1e-2)
+    # above a threshold the answer is to abstain, whatever the model would say
+    free, unsure = engine.answer_each(several, max_tokens=9)
+    assert ABSTENTION not in free and unsure == [p for _, p in engine.focus(several, max_tokens=9)]
+    engine.model.abstain_above = sorted(unsure)[len(unsure) // 2]
+    kept, _ = engine.answer_each(several, max_tokens=9)
+    assert kept == [a if p <= engine.model.abstain_above else ABSTENTION for a, p in zip(free, unsure)]
+    assert ABSTENTION in kept and kept != [ABSTENTION] * len(kept)
