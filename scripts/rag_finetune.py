@@ -45,6 +45,7 @@ class Config(TrainConfig):
     absent: float = 0.3  # share of contexts without their first question's gold document, and of near misses
     paired: float = 0.5  # share of contexts in which every question has a near miss that differs by the country only
     counterfactual: float = 0.25  # share of examples with names and answers exchanged
+    reword: float = 0.4  # share of questions put into a frame that no question file has
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
     drill_share: float = 0.05  # share of drills
@@ -79,7 +80,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Data
     found = retrieve_all(manager, train_rows)
     shares = (config.absent, config.paired, config.counterfactual)
-    whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k)
+    whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k, reword=config.reword)
     one = replace(whole, max_docs=1)
     short = replace(whole, min_docs=min(2, config.top_k), sentences=3)
     tasks = {

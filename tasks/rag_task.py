@@ -40,6 +40,7 @@ class RAGMix:
     max_questions: int = 8  # in a context with follow-ups
     min_docs: int = 1  # documents in the context, at least
     max_docs: int = 5  # and at most
+    reword: float = 0.0  # questions in a wording that no question file has
     sentences: int = 0  # documents are cut to so many sentences, those that answer included (0: whole)
 
 
@@ -102,9 +103,10 @@ class RAGTask(Task):
                 doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
         if len(shown) == 1:  # any number may stand at a document read alone (Engine.focus)
             shown[0]["number"] = rng.randint(1, 9)
-        turns = [(rng.choice([q["query"], *q["paraphrases"]]), *self._answer(q, shown)) for q in questions]
+        turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
+        turns = [(query.lower() if rng.random() < mix.reword / 8 else query, *rest) for query, *rest in turns]
 
         docs = [{k: d[k] for k in ("id", "title", "content", "source", "number") if k in d} for d in shown]
         for n, doc in enumerate(docs, 1):  # if the context is too long, what no answer needs goes first
@@ -114,6 +116,10 @@ class RAGTask(Task):
             content = answer if answer == ABSTENTION else f"{answer}. " + "".join(f"[{c}]" for c in cited)
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": content}]
         return {"messages": messages, "metadata": {"id": row["id"], "positive_ids": row["positive_ids"]}}
+
+    def _wording(self, row: dict, rng: random.Random) -> str:
+        query = rng.choice([row["query"], *row["paraphrases"]])
+        return reword(query, row.get("country", ""), rng) if rng.random() < self.mix.reword else query
 
     def _gold(self, row: dict, rng: random.Random) -> list[str]:
         """All documents of a two-hop question, one of those that answer a single-hop one."""
@@ -222,6 +228,40 @@ def states_answer(doc: Any, row: dict) -> bool:
     """
     title = doc["title"] if isinstance(doc, dict) else doc.title
     return row.get("country", "") in title and any(is_supported(answer, [doc]) for answer in row["answers"])
+
+
+FRAMES = (
+    "{np} of {c}?",
+    "{c}: {np}?",
+    "{c}, {np}",
+    "{c}'s {np}",
+    "I need the {np} of {c}.",
+    "Find {c}'s {np}.",
+    "Do you know the {np} of {c}?",
+    "Please say what the {np} of {c} is.",
+    "What does it say about {c}'s {np}?",
+    "Could you show me the {np} of {c}, please?",
+    "I wonder about the {np} of {c}.",
+    "My question is about {c}. Which {np} does it have?",
+    "For {c}, what is stated as the {np}?",
+    "As for the {np}, what about {c}?",
+)
+
+
+def reword(query: str, country: str, rng: random.Random) -> str:
+    """A question about "the X of COUNTRY" or "COUNTRY's X" in another frame; any other as it is.
+
+    A model that only ever sees the six frames of the question files fails on a seventh.
+    """
+    name, ask = (
+        re.escape(country),
+        r"(?:What (?:is|are)|Who is|Give|Tell me(?: who)?|I would like to know|Can you tell me)",
+    )
+    found = country and re.fullmatch(rf"{ask} (?:the ([^,]+) of {name}(?: is)?|{name}'s ([^,]+))[.?]", query)
+    if found:
+        query = rng.choice(FRAMES).format(np=found[1] or found[2], c=country)
+        query = query[0].upper() + query[1:]
+    return query
 
 
 SYLLABLES = (
