@@ -44,6 +44,9 @@ class GPTConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_state", "headdim"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise UserError(f"{name} must be a whole number from 1, not {value!r}")
         self.block_pattern = parse_pattern(self.block_pattern)
         if len(self.block_pattern) != self.n_layer:
             raise UserError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from simple_parsing import field
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, init_distributed
+from nanochat.common import UserError, init_distributed, pick_dtype
 from nanochat.config import run
 from nanochat.engine import Engine, check_sampling
 from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, strip_citations
@@ -192,6 +192,9 @@ def main(config: Config) -> None:
     if config.read not in ("each", "together"):
         raise UserError(f"--read {config.read}: choose each or together")
     check_sampling(config.max_tokens, config.temperature, 0, config.top_p)
+    pick_dtype("cpu", config.dtype)
+    if config.prompt is not None and not config.prompt.strip():
+        raise UserError("the question is empty")
     if config.top_k < 1:
         raise UserError(f"--top_k {config.top_k}: at least one passage must be retrieved")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer

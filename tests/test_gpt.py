@@ -321,7 +321,7 @@ def test_a_pattern_that_isnt_one_or_has_another_depth_is_refused(bad):
 
 
 def test_sizes_that_dont_divide_are_refused():
-    for bad in ({"n_embd": 250}, {"n_head": 3}, {"n_kv_head": 3}, {"n_embd": 256, "headdim": 48}):
+    for bad in ({"n_embd": 250}, {"n_head": 3}, {"n_kv_head": 3}, {"headdim": 48}, {"n_embd": "a"}, {"d_state": 0}):
         with pytest.raises(UserError):
             GPTConfig(**bad)
     with pytest.raises(UserError, match="depth"):
