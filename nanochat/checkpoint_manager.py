@@ -304,6 +304,16 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
     model.load_state_dict(weights)
 
 
+def check_confidence(fitted: Any) -> dict | None:
+    """meta.json's "confidence" (`engine.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
+    if fitted is None:
+        return None
+    out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
+    if {len(v) for v in out.values()} != {3} or 0 in out["scale"]:
+        raise ValueError("confidence needs three numbers of each kind")
+    return out | {"bias": float(fitted["bias"])}
+
+
 def load_model(
     source: str,
     device: str | torch.device = "cpu",
@@ -325,7 +335,7 @@ def load_model(
     tokenizer = Tokenizer.load(path)
     try:
         config = GPTConfig(**meta["model_config"])
-        abstain_above = float(meta.get("abstain_above", 1.0))
+        confidence = check_confidence(meta.get("confidence"))
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}/meta.json has settings this version doesn't know: {e}") from e
     if config.vocab_size < tokenizer.vocab_size:
@@ -337,7 +347,7 @@ def load_model(
     load_weights(model, weights, path)
     model.set_compute_dtype(pick_dtype(torch.device(device).type, dtype))
     model.tokenizer = tokenizer
-    model.abstain_above = abstain_above
+    model.confidence = confidence
     model.to(device)
     if phase == "eval":
         model.eval().requires_grad_(False)

@@ -15,13 +15,18 @@ from nanochat.common import UserError, read_jsonl
 
 @dataclass
 class Document:
-    """A passage. `metadata` holds the other fields of its JSON line; `score` is set on what a retriever returns."""
+    """A passage. `metadata` holds the other fields of its JSON line.
+
+    `score` is set on what a retriever returns, and `similarity`, the cosine of query and passage, if it compares
+    sentence vectors.
+    """
 
     id: str
     title: str
     content: str
     source: str = ""
     score: float | None = None
+    similarity: float | None = None
     metadata: dict = field(default_factory=dict)
 
     @property

@@ -4,7 +4,7 @@
     text = engine.answer(conversation)                              # greedy
     for piece in engine.stream(conversation, temperature=0.7): print(piece, end="", flush=True)
     texts = engine.answer_batch(conversations, batch_size=16)       # evaluations
-    texts, unsure = engine.answer_each(conversations)               # the same, documents read one by one
+    texts, confidences = engine.answer_each(conversations)          # the same, documents read one by one
     completions = engine.generate(prompts, max_tokens=64)           # token ids in, ids and log-probabilities out
     prefix = engine.prefill(ids); engine.generate([ids + more], prefix=prefix)  # `ids` is read once
 
@@ -18,6 +18,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -177,26 +178,47 @@ class Engine:
                 bar.update(len(rows))
         return done
 
-    def focus(
+    def look(
         self, conversations: Sequence[dict], max_tokens: int = 256, batch_size: int = 16, progress: bool = False
-    ) -> list[tuple[dict, float]]:
-        """The conversations, each with the one document that the model is surest it can answer from.
+    ) -> list[tuple[list[dict], np.ndarray]]:
+        """Each conversation once for every document in it, and what speaks for answering from that one.
 
-        Beside each stands the probability of abstaining after it, 0 where there is no document. Every document is read
-        alone; the one after which the abstention is least probable stays, under the number it had, and the answer
-        comes from a context that a small model reads well. The idea is OPRM's (2505.07793), which goes by the entropy
-        of the answer; the probability of a sentence the model is trained to abstain with was at hand (the two were not
-        compared). A question that needs two documents at once can't be asked this way.
+        The latter is (documents, 3): the log-odds that the model answers rather than abstains when it reads this
+        document alone; the document's similarity to the query (nan where the retriever gave none); minus the logarithm
+        of its place, 1 being what the retriever thinks most of.
         """
         views = [one_document_each(c) for c in conversations]
         refusal = self.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
         prompts = [self.prompt(view, max_tokens) for v in views for view in v]
-        unsure = iter(self.score_batch(prompts, refusal, batch_size, progress))
+        abstains = np.array(self.score_batch(prompts, refusal, batch_size, progress)).clip(max=-1e-6)
+        odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
+        for v in views:
+            likeness = [d.get("similarity") for view in v for m in view["messages"] for d in m.get("documents", ())]
+            rows = [(next(odds), nan_if(x), -math.log(place)) for place, x in enumerate(likeness, 1)]
+            found.append((v, np.array(rows).reshape(-1, 3)))
+        return found
+
+    def focus(
+        self, conversations: Sequence[dict], max_tokens: int = 256, batch_size: int = 16, progress: bool = False
+    ) -> list[tuple[dict, float]]:
+        """The conversations, each with the one document that speaks most for itself, and how much: the confidence.
+
+        Every document is read alone, and the answer comes from a context that a small model reads well. The document
+        that stays keeps its number. The idea is OPRM's (2505.07793), which goes by the entropy of the answer; how
+        probable a sentence is that the model is trained to abstain with was at hand (the two were not compared), and
+        what the retriever thinks is added to it (`confidence`). A conversation without documents stays as it is, with
+        a confidence of infinity. A question that needs two documents at once can't be asked this way.
+        """
         chosen = []
-        for conversation, v in zip(conversations, views):
-            p = [math.exp(next(unsure)) for _ in v]
-            chosen.append((v[p.index(min(p))], min(p)) if p else (conversation, 0.0))
+        found = self.look(conversations, max_tokens, batch_size, progress)
+        for conversation, (views, features) in zip(conversations, found):
+            scores = confidence(features, self.model.confidence)
+            chosen.append((views[scores.argmax()], float(scores.max())) if views else (conversation, math.inf))
         return chosen
+
+    def abstains(self, score: float) -> bool:
+        """Whether an answer of this confidence is better not given. Never, unless scripts.rag_eval has calibrated."""
+        return self.model.confidence is not None and score <= 0
 
     def answer_each(
         self,
@@ -206,13 +228,12 @@ class Engine:
         progress: bool = False,
         **sampling,
     ) -> tuple[list[str], list[float]]:
-        """`answer_batch` after `focus`: the answers, and how probable abstaining was. Above the model's
-        `abstain_above`, a threshold chosen on validation questions (scripts.rag_eval), the answer is to abstain."""
+        """`answer_batch` after `focus`, and the confidences. Where they are too low the answer is to abstain."""
         focused = self.focus(conversations, max_tokens, batch_size, progress)
-        tried = [c for c, p in focused if p <= self.model.abstain_above]
+        tried = [c for c, score in focused if not self.abstains(score)]
         answers = iter(self.answer_batch(tried, batch_size, max_tokens, progress=progress, **sampling))
-        unsure = [p for _, p in focused]
-        return [next(answers) if p <= self.model.abstain_above else ABSTENTION for p in unsure], unsure
+        scores = [score for _, score in focused]
+        return [ABSTENTION if self.abstains(score) else next(answers) for score in scores], scores
 
     def stream(
         self,
@@ -390,6 +411,49 @@ class Engine:
             if len(live) < len(rows):
                 rows, tokens, cache = [rows[i] for i in live], tokens[live], cache.select(live)
             logits = self._logits(decode_one(self.model, tokens, cache))
+
+
+def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
+    """`Engine.look`'s features (n, 3) -> (n,): above 0, answer. What the retriever didn't say counts as average.
+
+    `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
+    """
+    if fitted is None or not len(features):
+        return features[:, 0]
+    scaled = (features.clip(-20, 20) - np.array(fitted["mean"])) / np.array(fitted["scale"])
+    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"]
+
+
+def fit_confidence(answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray]) -> dict:
+    """Weights for `confidence` from validation questions, each with its documents' features.
+
+    A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
+    documents from all others; then the bias is moved so that as large a share as possible of the answerable questions
+    is answered from a right document, plus as large a share as possible of the unanswerable ones not at all.
+    """
+    from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
+
+    x = np.concatenate([f for f, _ in answerable] + list(unanswerable)).clip(-20, 20)  # as `confidence` does
+    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
+    known = ~np.isnan(x)
+    count = known.sum(0).clip(1)
+    mean = np.where(known, x, 0).sum(0) / count
+    spread = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / count)
+    scale = np.where(spread > 0, spread, 1.0)
+    model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
+    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
+    scores = [(confidence(f, fitted), mask) for f, mask in answerable]
+    right = np.array([s.max() if mask[s.argmax()] else -math.inf for s, mask in scores])
+    wrong = np.array([confidence(f, fitted).max() for f in unanswerable])
+    values = np.unique(np.concatenate([right[np.isfinite(right)], wrong]))
+    thresholds = np.concatenate([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
+    gain = [(right > t).mean() + (wrong <= t).mean() for t in thresholds]
+    return fitted | {"bias": -float(thresholds[int(np.argmax(gain))])}
+
+
+def nan_if(x: float | None) -> float:
+    """A missing number as nan."""
+    return math.nan if x is None else x
 
 
 def one_document_each(conversation: dict) -> list[dict]:

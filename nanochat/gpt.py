@@ -146,7 +146,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(make[kind]() for kind in c.block_pattern)
         self.lm_head = Linear(c.n_embd, c.vocab_size)
         self.gradient_checkpointing = False
-        self.abstain_above = 1.0  # Engine.answer_each abstains where that is more probable; 1: only if decoding does
+        self.confidence: dict | None = None  # of the engine, chosen on validation questions; load_model sets it
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -90,11 +90,17 @@ class Retriever:
                 raise UserError(f"a query must be text, not a {type(query).__name__}")
         queries = [valid_unicode(query[:MAX_QUERY_CHARS]) for query in queries]
         hits = self._search(queries, min(top_k, len(self.documents)))
-        docs = self.documents
+        docs, likeness = self.documents, self._similarities(queries, hits)
         return [
-            [replace(docs[i], score=score, metadata=copy.deepcopy(docs[i].metadata)) for score, i in found]
-            for found in hits
+            [
+                replace(docs[i], score=score, similarity=x, metadata=copy.deepcopy(docs[i].metadata))
+                for (score, i), x in zip(found, near)
+            ]
+            for found, near in zip(hits, likeness)
         ]
+
+    def _similarities(self, queries: list[str], hits: list[list[tuple[float, int]]]) -> list[list[float | None]]:
+        return [[None] * len(found) for found in hits]
 
     def _search(self, queries: list[str], top_k: int) -> list[list[tuple[float, int]]]:
         raise NotImplementedError
@@ -225,6 +231,13 @@ class HybridRetriever(Retriever):
             for scores in fused
         ]
         return [found[:top_k] for found in hits]
+
+    def _similarities(self, queries, hits):
+        dense = self.parts[-1]
+        if not isinstance(dense, DenseRetriever):
+            return super()._similarities(queries, hits)
+        vectors = dense.encoder.encode_queries(queries)
+        return [[float(vector @ dense.index.reconstruct(i)) for _, i in found] for vector, found in zip(vectors, hits)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,7 +372,7 @@ class RetrievalManager:
         if at is None:
             raise UserError("the conversation has no user message to retrieve for")
         query = messages[at]["content"][:MAX_QUERY_CHARS]
-        keys = ("id", "title", "content", "score", "source")
+        keys = ("id", "title", "content", "score", "similarity", "source")
         documents = [{key: getattr(doc, key) for key in keys} for doc in self.retrieve(query, top_k)]
         messages.insert(at, {"role": "retrieval", "query": query, "documents": documents})
         return {**copy.deepcopy(conversation), "messages": messages}

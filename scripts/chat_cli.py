@@ -74,9 +74,9 @@ class Chat:
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
         self.read, abstain = set(), bool(self.manager and not self.documents)  # nothing to answer from
         if c.read == "each" and self.documents:
-            [(conversation, unsure)] = self.engine.focus([conversation], c.max_tokens)
+            [(conversation, score)] = self.engine.focus([conversation], c.max_tokens)
             self.read = set(range(1, len(self.documents) + 1))  # each had room
-            abstain = unsure > self.engine.model.abstain_above
+            abstain = self.engine.abstains(score)
         if abstain:
             self.answer = ABSTENTION
             self.turns.append((question, ABSTENTION))

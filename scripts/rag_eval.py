@@ -17,10 +17,10 @@ Every row asks questions of `--queries` in another setting:
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
 
-With `--read each` (the default) every document is read alone and the answer comes from the one that the model is surest
-about (Engine.focus), unless it is less sure than a threshold that `--calibrate Q/val.jsonl` chooses beforehand. With
-`--read together` all stand in one context, as they always do in `two_hop`, `retrieved_together` and the rows about
-positions.
+With `--read each` (the default) every document is read alone and the answer comes from the one that speaks most for
+itself (Engine.focus). How the model's odds and the retriever's opinion are weighed, and from where on it is better to
+abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint. With `--read together` all stand in
+one context, as they always do in `two_hop`, `retrieved_together` and the rows about positions.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants. hallucination: answered, and no shown
@@ -35,7 +35,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import UserError, init_distributed, is_main, over_ranks, print0, versions, write_json, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
-from nanochat.engine import Engine
+from nanochat.engine import Engine, fit_confidence
 from nanochat.rag_utils import (
     ABSTENTION,
     all_gold_at_k,
@@ -71,7 +71,7 @@ class Config:
     step: int = 0  # its step; 0: the last
     knowledge_base: str = ""  # folder of the knowledge base
     queries: str = ""  # questions: a .jsonl file
-    calibrate: str = ""  # validation questions: choose the abstention threshold on them, keep it with the checkpoint
+    calibrate: str = ""  # validation questions to learn from when to abstain; kept with the checkpoint
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: all in one context
@@ -102,10 +102,9 @@ def main(config: Config) -> dict:
     model, tokenizer, meta = load_model(str(checkpoint), d.device)
     engine = Engine(model, tokenizer)
     if config.calibrate:
-        model.abstain_above = calibrate(engine, manager, config)
+        model.confidence = calibrate(engine, manager, config)
         if d.rank == 0:
-            write_json(checkpoint / "meta.json", meta | {"abstain_above": model.abstain_above})
-    print0(f"abstains where that is more probable than {model.abstain_above:.3g}")
+            write_json(checkpoint / "meta.json", meta | {"confidence": model.confidence})
 
     # 2. The questions of each kind, and what the retriever finds for them
     rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
@@ -120,7 +119,8 @@ def main(config: Config) -> dict:
     found = {r["id"]: docs for r, docs in zip(asked, deep)}
 
     def gold(row: dict) -> list[Document]:
-        return [documents[p] for p in row["positive_ids"]]
+        known = documents | {doc.id: doc for doc in found[row["id"]]}  # with what the retriever thinks of them
+        return [known[p] for p in row["positive_ids"]]
 
     def without_answer(row: dict) -> list[Document]:
         """Retrieved documents that aren't gold and don't hold the answer about the same entity."""
@@ -173,7 +173,7 @@ def main(config: Config) -> dict:
     for name in wanted:
         kind, choose = settings[name]
         questions = by_type[kind]
-        shown, unsure = [choose(r) for r in questions], [math.nan] * len(questions)
+        shown, confidences = [choose(r) for r in questions], [math.nan] * len(questions)
         if name == "always_abstain":
             answers = [ABSTENTION] * len(questions)
         elif name == "first_entity":
@@ -181,15 +181,15 @@ def main(config: Config) -> dict:
         else:
             each = config.read == "each" and not name.startswith(TOGETHER)
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
-            answers, unsure = zip(*over_ranks(partial(read_and_answer, engine, config, each), conversations))
+            answers, confidences = zip(*over_ranks(partial(read_and_answer, engine, config, each), conversations))
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)
         table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
         log += [
             {"row": name, "id": r["id"], "query": r["query"], "answer": a, "answers": r["answers"],
              "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"]}
-            | ({} if math.isnan(p) else {"unsure": p})
-            for r, docs, a, p in zip(questions, shown, answers, unsure)
+            | ({"confidence": p} if math.isfinite(p) else {})
+            for r, docs, a, p in zip(questions, shown, answers, confidences)
         ]  # fmt: skip
         print0(
             f"{name:20s}" + "  ".join(f"{k} {v:.3g}" for k, v in table[name].items() if not k.endswith(("_lo", "_hi")))
@@ -198,7 +198,7 @@ def main(config: Config) -> dict:
             print0(f"    {r['query']} -> {a}   (wanted: {r['answer']})")
 
     used = vars(config) | {
-        "abstain_above": model.abstain_above,
+        "confidence": model.confidence,
         "checkpoint_step": meta["step"],
         "block_pattern": model.config.block_pattern,
     }
@@ -210,46 +210,40 @@ def main(config: Config) -> dict:
 
 
 def read_and_answer(engine: Engine, config: Config, each: bool, conversations: list[dict]) -> list[tuple[str, float]]:
-    """Answers to conversations whose documents are read one by one (`each`) or together, and how unsure they were."""
+    """Answers to conversations whose documents are read one by one (`each`) or together, and their confidence."""
     if each:
         return list(zip(*engine.answer_each(conversations, config.batch_size, config.max_tokens, progress=is_main())))
     answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=is_main())
     return [(answer, math.nan) for answer in answers]
 
 
-def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> float:
-    """The threshold on the probability of abstaining that tells best whether the gold document was retrieved.
+def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict:
+    """How sure an answer is and from where on it is given (`fit_confidence`), learned from 200 validation questions.
 
-    Asks 200 of `config.calibrate`'s questions, each with what the retriever finds and the same without the gold.
+    Each is asked with what the retriever finds and with the same without the gold documents.
     """
     rows = [r for r in load_queries(config.calibrate) if r["type"] == "single"]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, 200, len(rows)))
     found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
-    hits = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
-    there = [ask(r["query"], docs) for r, docs in hits if any(_is_gold(doc, r) for doc in docs)]
-    rest = [(r, [doc for doc in docs if _is_distractor(doc, r)][: config.top_k]) for r, docs in zip(rows, found)]
-    gone = [ask(r["query"], docs) for r, docs in rest if docs]
+    there = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
+    there = [(r, docs) for r, docs in there if any(_is_gold(doc, r) for doc in docs)]
+    gone = [(r, [doc for doc in docs if _is_distractor(doc, r)][: config.top_k]) for r, docs in zip(rows, found)]
+    gone = [(r, docs) for r, docs in gone if docs]
     if not there or not gone:
         raise UserError(
-            f"--calibrate {config.calibrate}: no single-hop question finds its gold documents, or only those"
+            f"--calibrate {config.calibrate}: no question of one hop finds its gold document, or nothing else"
         )
-    focus = partial(engine.focus, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=is_main())
-    unsure = [p for _, p in over_ranks(focus, there + gone)]
-    return best_threshold(unsure[: len(there)], unsure[len(there) :])
-
-
-def best_threshold(answerable: list[float], unanswerable: list[float]) -> float:
-    """The t that maximises the share of `answerable` that is at most t plus the share of `unanswerable` above t."""
-    values = sorted({0.0, 1.0, *answerable, *unanswerable})
-    middles = [(a + b) / 2 for a, b in pairwise(values)] + [1.0]
-    right = lambda t: np.mean(np.array(answerable) <= t) + np.mean(np.array(unanswerable) > t)
-    return max(middles, key=right)
+    look = partial(engine.look, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=is_main())
+    features = [x for _, x in over_ranks(look, [ask(r["query"], docs) for r, docs in there + gone])]
+    right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
+    return fit_confidence(list(zip(features, right)), features[len(there) :])
 
 
 def ask(query: str, docs: list[Document]) -> dict:
     """The conversation that asks `query` over `docs` (none: closed book)."""
     user = {"role": "user", "content": query}
-    shown = [{"id": doc.id, "title": doc.title, "content": doc.content, "score": doc.score} for doc in docs]
+    keys = ("id", "title", "content", "score", "similarity")
+    shown = [{key: getattr(doc, key) for key in keys} for doc in docs]
     return {"messages": [{"role": "retrieval", "query": query, "documents": shown}, user] if docs else [user]}
 
 

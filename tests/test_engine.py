@@ -1,7 +1,9 @@
 """The engine: the same answers however prompts are read, batched, resumed or streamed."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from nanochat.documents import Document
-from nanochat.engine import Engine, one_document_each, sample
+from nanochat.engine import Engine, confidence, fit_confidence, one_document_each, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -279,17 +281,59 @@ def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable
     several += [conversation("Hi"), conversation("Alone?", "one")]
     refusal = TOK.encode_text(ABSTENTION)
     focused = engine.focus(several, max_tokens=20)
-    for talk, (chosen, p) in zip(several, focused):
+    for talk, (chosen, score) in zip(several, focused):
         if not (views := one_document_each(talk)):
-            assert (chosen, p) == (talk, 0)
+            assert (chosen, score) == (talk, math.inf)
             continue
-        unsure = [math.exp(sum(engine.score(engine.prompt(view, 20), refusal))) for view in views]
+        unsure = [sum(engine.score(engine.prompt(view, 20), refusal)) for view in views]
         assert chosen == views[unsure.index(min(unsure))] and len(set(unsure)) == len(unsure)
-        assert p == pytest.approx(min(unsure), rel=1e-2)
-    # above a threshold the answer is to abstain, whatever the model would say
-    free, unsure = engine.answer_each(several, max_tokens=9)
-    assert ABSTENTION not in free and unsure == [p for _, p in engine.focus(several, max_tokens=9)]
-    engine.model.abstain_above = sorted(unsure)[len(unsure) // 2]
-    kept, _ = engine.answer_each(several, max_tokens=9)
-    assert kept == [a if p <= engine.model.abstain_above else ABSTENTION for a, p in zip(free, unsure)]
-    assert ABSTENTION in kept and kept != [ABSTENTION] * len(kept)
+        assert score == pytest.approx(-min(unsure), rel=1e-2)  # log-odds of something rare
+
+
+def test_calibrated_it_abstains_where_the_confidence_is_too_low():
+    engine = make_engine(sequence_len=256)
+    talks = [conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c"], ["x", "y"])]
+    for k, talk in enumerate(talks):  # the second document is the likelier one, in two of the talks likely enough
+        for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, k / 4 + 0.2)):
+            doc["similarity"] = similarity
+    engine.model.confidence = {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": [0, 1, 0], "bias": 0}
+    kept, scores = engine.answer_each([*talks, conversation("Hi")], max_tokens=9)
+    assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
+    chosen = [c for c, _ in engine.focus(talks, 9)]
+    assert kept[:2] == [ABSTENTION] * 2 and kept[2:4] == [engine.answer(c, max_tokens=9) for c in chosen[2:]]
+    assert ABSTENTION not in kept[2:]  # the last has no document: the model is asked
+    assert [engine.model.generate_from_conversation(t, max_tokens=9) for t in talks] == kept[:4]
+
+
+def test_what_the_retriever_thinks_may_decide():
+    engine = make_engine(sequence_len=256)
+    talk = conversation("River?", "a b", "c", "d")
+    for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, None, 0.9)):
+        doc["similarity"] = similarity
+    [(_, features)] = engine.look([talk])
+    assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
+    assert features[:, 2] == pytest.approx([0, -math.log(2), -math.log(3)])
+    by = lambda *weights: {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": weights, "bias": 0.0}
+    assert confidence(features, by(0, 1, 0)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
+    for weights, number in (((0, 1, 0), 3), ((0, 0, 1), 1), ((0, -1, 0), 1)):
+        engine.model.confidence = by(*weights)
+        [(chosen, _)] = engine.focus([talk])
+        assert [d["number"] for m in chosen["messages"] for d in m.get("documents", ())] == [number]
+
+
+def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
+    rng = np.random.default_rng(0)
+
+    def documents(n, gold):
+        """Features of which the first is noise, the second tells, and the third is unknown."""
+        mask = np.arange(n) == gold
+        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, np.full(n, math.nan)], 1), mask
+
+    known = [documents(4, i % 4) for i in range(60)]
+    unknown = [documents(4, -1)[0] for _ in range(60)]
+    fitted = fit_confidence(known, unknown)
+    assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
+    best = lambda f: confidence(f, fitted)
+    assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
+    assert np.mean([best(f).max() <= 0 for f in unknown]) > 0.95
+    assert fitted == json.loads(json.dumps(fitted))
