@@ -48,9 +48,9 @@ class Config(TrainConfig):
     reword: float = 0.4  # share of questions put into a frame that no question file has
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
-    drill_share: float = 0.05  # share of drills
-    one_share: float = 0.6  # share of contexts with one document (two, if the question has two hops)
-    short_share: float = 0.2  # share of contexts with several, cut to three sentences; the rest: one or several, whole
+    drill_share: float = 0.02  # share of drills
+    one_share: float = 0.8  # share of contexts with one document (two, if the question has two hops)
+    short_share: float = 0.08  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
 
