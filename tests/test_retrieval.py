@@ -206,7 +206,7 @@ def test_fusion_prefers_what_both_lists_hold():
             super().__init__(DOCS)
             self.order = order
 
-        def _search(self, queries, top_k):
+        def _search(self, queries, top_k, mask):
             return [[(1.0, position) for position in self.order] for _ in queries]
 
     found = HybridRetriever(Fixed(0, 1, 2), Fixed(3, 1, 4)).retrieve("any", 3)
@@ -226,7 +226,7 @@ def test_a_loaded_index_ranks_as_the_one_that_was_built(retrievers):
 
 def test_the_folder_holds_what_the_format_says_and_no_pickle(kb):
     info = json.loads((kb / "kb.json").read_text())
-    assert (info["version"], info["documents"], info["encoder"]["dims"]) == (1, len(DOCS), 384)
+    assert (info["version"], info["documents"], info["encoder"]["dims"]) == (2, len(DOCS), 384)
     assert {"documents.jsonl", "embeddings.npy", "index.faiss"} <= set(info["files"])
     assert np.load(kb / "embeddings.npy", allow_pickle=False).shape == (len(DOCS), 384)
     assert all(b"pickle" not in path.read_bytes()[:200] for path in kb.rglob("*") if path.is_file())
@@ -270,7 +270,7 @@ def test_tampering_is_noticed(tmp_path, name, harm):
 
 def test_another_format_version_or_encoder_is_refused(tmp_path, kb):
     info = json.loads((kb / "kb.json").read_text())
-    for change, says in [({"version": 99}, "version 99, not 1"), ({"encoder": {"sha256": "0"}}, "another encoder")]:
+    for change, says in [({"version": 99}, "version 99, not 2"), ({"encoder": {"sha256": "0"}}, "another encoder")]:
         for path in kb.iterdir():
             if not (tmp_path / path.name).exists():
                 (tmp_path / path.name).symlink_to(path)
@@ -291,12 +291,12 @@ def test_a_knowledge_base_that_does_not_say_its_type_is_refused(tmp_path):
 
 def test_a_failed_build_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
     build_kb(DOCS, tmp_path / "kb", "bm25")
-    monkeypatch.setattr(BM25Retriever, "save", lambda self, folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(np, "save", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         build_kb(DOCS[:2], tmp_path / "kb", "bm25")
     monkeypatch.undo()
     assert len(RetrievalManager("bm25", tmp_path / "kb").documents) == len(DOCS)
-    assert [path.name for path in tmp_path.iterdir()] == ["kb"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kb.lock", "kb"]
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
@@ -331,7 +331,7 @@ def test_questions_that_cannot_be_judged_are_one_line(kb, tmp_path, capsys, row)
 
 def test_help_names_the_commands(capsys):
     cli(["--help"])
-    assert "prepare_kb, query, eval" in capsys.readouterr().out
+    assert "prepare_kb, add, remove, stats, query, eval" in capsys.readouterr().out
 
 
 def test_a_conversation_gets_documents_before_its_last_user_message(kb):
@@ -386,7 +386,7 @@ def test_eval_writes_a_row_for_every_retriever(tmp_path, kb, capsys):
     retrieval.cli(["eval", "--knowledge_base", str(kb), "--queries", str(tmp_path / "q.jsonl"), "--output", str(out)])
     result = json.loads(out.read_text())
     assert set(result) == {"rows", "by_type", "config", "versions"}
-    assert list(result["rows"]) == ["simple", "bm25", "dense", "hybrid"]
+    assert list(result["rows"]) == ["simple", "bm25", "dense", "hybrid", "rerank"]
     for row in result["rows"].values():
         assert row["n"] == 2 and row["recall@5"] == row["all_gold@5"] == 1.0 and row["recall@1"] == 0.75
     assert set(result["by_type"]) == {"single", "two_hop"}
