@@ -23,12 +23,14 @@ import torch.distributed as dist
 
 from nanochat.cache import Cache
 from nanochat.common import UserError, cpu_has_fast_bf16, from_main, get_base_dir, sha256_of
+from nanochat.documents import valid_unicode
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
 MINILM_TOKENS = 256  # word pieces it reads of a text
 WINDOW = 4096  # passages that are looked up, sorted and dealt to ranks at a time
 BATCH_TOKENS = 4096  # of a batch, padding included
+PAD = 16  # batches are as wide as a multiple of this: the width of matrix units
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
 
 
@@ -51,7 +53,7 @@ class Encoder:
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
         """Queries -> (n, dims) float32, unit length. Computed in fp32: who shares a batch changes no ranking."""
-        items = self.prepare(list(texts))
+        items = self.prepare([valid_unicode(text) for text in texts])
         vectors = np.zeros((len(items), self.dims), dtype=np.float32)
         for batch in _batches(items):
             vectors[batch] = self._unit(batch, items, False)
@@ -68,7 +70,7 @@ class Encoder:
 
         cache = Cache(get_base_dir() / "cache" / "embeddings.sqlite")
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        places: dict[str, list[int]] = {}
+        texts, places = [valid_unicode(text) for text in texts], {}
         for place, text in enumerate(texts):
             places.setdefault(self._key(text), []).append(place)
         keys, vectors = list(places), np.zeros((len(texts), self.dims), dtype=np.float32)
@@ -100,7 +102,7 @@ class Encoder:
 
     def _key(self, text: str) -> str:
         precision = "bf16" if cpu_has_fast_bf16() else "fp32"
-        return hashlib.sha256(f"{self.sha256} {precision} {text}".encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(f"{self.sha256} {precision} {text}".encode()).hexdigest()
 
     def _unit(self, batch: list[int], items: list, passages: bool) -> np.ndarray:
         vectors = np.asarray(self.embed([items[i] for i in batch], passages), dtype=np.float32)
@@ -135,7 +137,7 @@ def _batches(items: list) -> Iterator[list[int]]:
 def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids -> ids (B, T) and mask (B, T), both int64, filled up with zeros on the right."""
     lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    mask = (torch.arange(-(-int(lengths.max()) // PAD) * PAD) < lengths[:, None]).long()
     ids = torch.zeros_like(mask)
     ids[mask.bool()] = torch.tensor([i for row in rows for i in row])
     return ids, mask
@@ -175,7 +177,7 @@ def _minilm_parts() -> tuple:
     tokenizer.no_padding()
     tokenizer.enable_truncation(MINILM_TOKENS)
     logging.disable_progress_bar()
-    exact = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32).eval()
+    exact = BertModel.from_pretrained(folder, dtype=torch.float32).eval()
     return tokenizer, exact, copy.deepcopy(exact).to(torch.bfloat16) if cpu_has_fast_bf16() else exact
 
 
@@ -206,7 +208,7 @@ def _language_model(source: str) -> Encoder:
 
     path = find_checkpoint(source).resolve()
     exact, tokenizer, meta = load_model(str(path), dtype="float32")
-    fast = load_model(str(path))[0] if cpu_has_fast_bf16() else exact
+    fast = copy.deepcopy(exact).set_compute_dtype(torch.bfloat16) if cpu_has_fast_bf16() else exact
 
     def prepare(texts: list[str]) -> list[list[int]]:
         rows = tokenizer.encode_batch([f" {text}" for text in texts], num_threads=1)
@@ -221,29 +223,33 @@ def _language_model(source: str) -> Encoder:
     return Encoder(f"lm:{path}", meta["model_file"]["sha256"], exact.config.n_embd, prepare, embed)
 
 
-def _load(what: str, name: str):
-    """sentence_transformers' class `what`, loaded."""
+def _load(kind: str, name: str):
+    """sentence_transformers.`kind` of that name, from a folder or what was downloaded before: no network."""
     try:
         import sentence_transformers
 
-        return getattr(sentence_transformers, what)(name, device="cpu", local_files_only=True)
+        return getattr(sentence_transformers, kind)(name, device="cpu", local_files_only=True)
     except ImportError as e:
-        raise UserError(f"{name} needs the package {e.name}: pip install -e . in the repo's folder") from e
+        raise UserError(f"'{name}' needs the package {e.name}: pip install -e . in the repo's folder") from e
     except Exception as e:  # whatever the hub, a missing file or a foreign format raises
-        raise UserError(f"cannot load '{name}' as a {what} ({type(e).__name__}); give a folder or a known name") from e
+        raise UserError(
+            f"'{name}' is no {kind} that is on this machine ({type(e).__name__}); give its folder, or fetch it before "
+            f"with: hf download {name}"
+        ) from e
 
 
 def _sentence_transformer(name: str) -> Encoder:
+    """Any model of sentence-transformers, in fp32, with the prompts it brings for queries and documents."""
     model = _load("SentenceTransformer", name)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((sorted(model.prompts.items()), model.max_seq_length)).encode())
     for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(key.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def embed(texts: list[str], passages: bool) -> np.ndarray:
         encode = model.encode_document if passages else model.encode_query
         return encode(texts, batch_size=len(texts), show_progress_bar=False)
 
-    return Encoder(name, digest.hexdigest(), model.get_sentence_embedding_dimension(), lambda texts: texts, embed)
+    return Encoder(name, digest.hexdigest(), embed(["a"], True).shape[1], list, embed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,18 +268,37 @@ class Reranker:
 def get_reranker(name: str = "late") -> Reranker:
     """The process's reranker of that name."""
     if name == "late":
-        return Reranker("late", late_interaction)
+        return Reranker(name, late_interaction)
     model = _load("CrossEncoder", name)
-    return Reranker(name, lambda query, texts: np.asarray(model.predict([(query, text) for text in texts]), np.float32))
+
+    def score(query: str, texts: Sequence[str]) -> np.ndarray:
+        pairs = [(valid_unicode(query), valid_unicode(text)) for text in texts]
+        scores = model.predict(pairs, show_progress_bar=False) if pairs else np.zeros(0)
+        if np.ndim(scores) != 1:
+            raise UserError(
+                f"the CrossEncoder '{name}' gives {np.shape(scores)[1]} numbers a text; a reranker gives one"
+            )
+        return np.asarray(scores, dtype=np.float32)
+
+    return Reranker(name, score)
 
 
 def late_interaction(query: str, texts: Sequence[str]) -> np.ndarray:
-    """For each text the mean, over the query's tokens, of the highest cosine with one of the text's tokens: (n,)."""
-    scores = np.zeros(len(texts), dtype=np.float32)
-    asked = torch.nn.functional.normalize(_minilm_hidden(_minilm_tokens([query]), False)[0][0], dim=-1)  # (Q, 384)
-    rows = _minilm_tokens(list(texts))
-    for batch in _batches(rows):
-        hidden, mask = _minilm_hidden([rows[i] for i in batch], True)
-        cosines = asked @ torch.nn.functional.normalize(hidden.float(), dim=-1).transpose(1, 2)  # (B, Q, T)
-        scores[batch] = cosines.masked_fill(mask[:, None] == 0, -1).amax(-1).mean(-1).numpy()
-    return scores
+    """For each text the mean, over the query's tokens, of the highest cosine with one of the text's tokens: (n,).
+
+    ColBERT's MaxSim (2004.12832) with MiniLM's token vectors, which weren't trained for it.
+    """
+    asked = _token_vectors(valid_unicode(query), False).astype(np.float32)
+    found = [(asked @ _token_vectors(valid_unicode(text), True).astype(np.float32).T).max(1).mean() for text in texts]
+    return np.array(found, dtype=np.float32)
+
+
+@lru_cache(maxsize=4096)
+def _token_vectors(text: str, passage: bool) -> np.ndarray:
+    """Text -> unit vectors of its tokens, (T, 384) float16: a fiftieth of a second the first time, 80 kB kept.
+
+    One text at a time: in bf16 a batch would change the last bits, and with them a score would depend on what else
+    was asked before.
+    """
+    hidden, mask = _minilm_hidden(_minilm_tokens([text]), passage)
+    return torch.nn.functional.normalize(hidden[mask.bool()].float(), dim=-1).half().numpy()
