@@ -20,7 +20,7 @@ from bs4.dammit import EncodingDetector
 from bs4.element import CData, NavigableString, Tag
 
 from nanochat.common import UserError
-from nanochat.documents import valid_unicode
+from nanochat.documents import tokenize, valid_unicode
 
 MAX_BYTES = 200_000_000
 MAX_HTML = 20_000_000  # a parsed page takes a hundred times its size in memory
@@ -39,7 +39,7 @@ class Extracted:
 
 
 def extract(path: Path) -> Extracted:
-    """Read a .txt, .md, .html, .htm or .pdf file. Raises UserError with the reason if it has no text for us."""
+    """Read a .md, .html, .htm or .pdf file, any other as plain text. Raises UserError if there is no text in it."""
     suffix = path.suffix.lower()
     limit = MAX_HTML if suffix.startswith(".htm") else MAX_BYTES
     try:
@@ -55,7 +55,9 @@ def extract(path: Path) -> Extracted:
         found = Extracted(*_html(text) if suffix.startswith(".htm") else (text,), warning=warning)
     if not found.text.strip():
         raise UserError("no text in it" + ("; scanned pages need OCR first" if suffix == ".pdf" else ""))
-    headings = [] if suffix in (".txt", ".pdf") else list(_headings(found.text))
+    headings = list(_headings(found.text)) if suffix in (".md", ".htm", ".html") else []
+    if front := regex.match(r"---\n(?:(?!---).*\n){0,40}?title:[ \t]*(\S.*)", found.text):  # of a Markdown file
+        found.title = front[1].strip("\"' ")
     name = " ".join(regex.split(r"[\s_-]+", valid_unicode(path.stem))).strip()
     found.title = " ".join(found.title.split())[:MAX_TITLE] or (headings[0][3] if headings else name)
     found.sections = list(_sections(found.text, found.title, headings))
@@ -75,16 +77,16 @@ def _decode(data: bytes, html: bool) -> tuple[str, str]:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
-        declared = html and EncodingDetector.find_declared_encoding(data, is_html=True)
-        if declared and not declared.startswith("utf"):
-            encoding = "cp1252" if declared == "iso-8859-1" else declared  # as browsers do
+        declared = EncodingDetector.find_declared_encoding(data, is_html=True) if html else None
         try:
+            encoding = codecs.lookup(declared).name if declared and not declared.startswith("utf") else encoding
+            encoding = "cp1252" if encoding == "iso8859-1" else encoding  # as browsers do
             text = data.decode(encoding, "replace")
         except (LookupError, UnicodeError):  # there is no such encoding
             text = data.decode("utf-8", "replace")
         if (lost := text.count("\ufffd")) > len(text) / 5:
             raise UserError("not text in UTF-8; convert it first") from None
-        warning = f"{lost} characters were replaced, for they are not {encoding}" if lost else ""
+        warning = f"{lost} characters could not be decoded and were replaced" if lost else ""
     return text.replace("\r\n", "\n").replace("\r", "\n"), warning
 
 
@@ -92,10 +94,11 @@ _SPACE = regex.compile(r"[^\S\v]+")
 _HEADS = {f"h{level}": "#" * level for level in range(1, 7)}
 _DROPPED = {"script", "style", "template", "noscript", "nav", "title", "svg", "iframe", "select", "textarea"}
 _BLOCKS = (
-    "p div section article main header footer aside ul ol dl table blockquote figure form fieldset details".split()
+    "p div section article main header footer aside h1 h2 h3 h4 h5 h6 ul ol dl table blockquote figure form fieldset"
+    " caption details summary".split()
 )
-_AROUND = dict.fromkeys(_BLOCKS, ("\n\n", "\n\n")) | dict.fromkeys(["dt", "dd", "caption", "summary"], ("\n", "\n"))
-_AROUND |= {"li": ("\n- ", "\n"), "tr": ("\n", "|\n"), "td": ("| ", " "), "th": ("| ", " "), "hr": ("\n\n", "")}
+_AROUND = dict.fromkeys(_BLOCKS, ("\n\n", "\n\n")) | dict.fromkeys(["dt", "dd"], ("\n", ""))
+_AROUND |= {"li": ("\n- ", ""), "tr": ("\n", "|"), "td": ("| ", " "), "th": ("| ", " "), "hr": ("\n\n", "")}
 
 
 def _html(markup: str) -> tuple[str, str]:
@@ -111,24 +114,23 @@ def _html(markup: str) -> tuple[str, str]:
         tag.insert_before("\v")  # which a page can't hold, and which no white space swallows
     parts, todo = [""], [soup]  # a stack, not recursion: forgotten end tags nest thousands of elements
     while todo:
-        node = todo.pop()
+        node, piece = todo.pop(), ""
         if isinstance(node, Tag):
-            before, after = _AROUND.get(node.name, ("", ""))
             if words := _heading(node) if node.name in _HEADS else "":
-                parts.append(f"\n\n{_HEADS[node.name]} {words}\n\n")
+                piece = f"\n\n{_HEADS[node.name]} {words}\n\n"
             elif node.name == "pre":
-                parts.append(f"\n\n```\n{node.get_text().strip(chr(10))}\n```\n\n")
+                piece = f"\n\n```\n{node.get_text().strip(chr(10))}\n```\n\n"
             elif node.name not in _DROPPED:
-                parts.append(before)
+                piece, after = _AROUND.get(node.name, ("", ""))
                 todo += [after, *reversed(node.contents)]
         elif type(node) is str:
-            parts.append(node)
+            piece = node
         elif type(node) in (NavigableString, CData):  # not comments
-            words = _SPACE.sub(" ", node)
-            parts.append(words.lstrip() if parts[-1][-1:].isspace() else words)
-        if not parts[-1]:
-            parts.pop()
-    text = valid_unicode("".join(parts)).replace("\v", "\n")
+            piece = _SPACE.sub(" ", node)
+            piece = piece.lstrip() if parts[-1][-1:].isspace() else piece
+        if piece:
+            parts.append(piece)
+    text = valid_unicode("".join(parts)).replace("\v", "\n").strip()
     return regex.sub(r"\n{3,}", "\n\n", text), title
 
 
@@ -137,8 +139,11 @@ def _heading(tag: Tag) -> str:
     words, todo = "", [tag]
     for _ in range(50):  # tags and strings
         node = todo.pop()
-        todo += reversed(node.contents) if isinstance(node, Tag) else []
-        words += node if type(node) is NavigableString else ""
+        if isinstance(node, Tag):
+            todo += reversed(node.contents)
+            words += " " if node.name in _AROUND else ""
+        elif type(node) is NavigableString:
+            words += node
         if not todo:
             words = " ".join(words.split())
             return words if len(words) <= MAX_TITLE else ""
@@ -157,7 +162,7 @@ def _pdf(data: bytes) -> Extracted:
         raise UserError(f"damaged, or encrypted with a password ({type(e).__name__})") from e
     for page in pages:
         try:
-            text = valid_unicode(page.extract_text().replace("\0", " "))
+            text = valid_unicode(page.extract_text().replace("\0", " ")).rstrip()
         except Exception:
             text, bad = "", bad + 1
         texts.append(regex.sub(r"(?<=\p{Ll})-\n(?=\p{Ll})", "", text))  # nearly always a divided word
@@ -187,6 +192,7 @@ def _sections(text: str, title: str, headings: list[tuple[int, int, int, str]]) 
     A heading is no content of its section, unless nothing else is.
     """
     path: list[tuple[int, str]] = []
+    said = f" {' '.join(tokenize(title))} "
     top, bottom = (0, 0, 0, ""), (len(text), len(text), 0, "")
     for (start, end, level, words), (stop, _, next_level, _) in pairwise([top, *headings, bottom]):
         path = [above for above in path if above[0] < level] + [(level, words)]
@@ -194,4 +200,5 @@ def _sections(text: str, title: str, headings: list[tuple[int, int, int, str]]) 
             start = end
         elif next_level > level:
             continue
-        yield start, stop, " - ".join(words for _, words in path if words.casefold() not in title.casefold())
+        new = [words for _, words in path if words and f" {' '.join(tokenize(words))} " not in said]
+        yield start, stop, " - ".join(new)

@@ -7,6 +7,7 @@ A file becomes text, the text sections (by its headings), a section passages: wh
 """
 
 import hashlib
+import os
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
@@ -61,8 +62,14 @@ def split(text: str, chunk_tokens: int = 128, overlap: int = 24) -> list[tuple[i
         tokens += count
     groups.append(pieces[first:])
     spans = [(group[0][0], group[-1][1]) for group in groups if group]
-    spans = [(b - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())) for a, b in spans]
-    return [(a, b) for a, b in spans if a < b]
+    tight: list[tuple[int, int]] = []
+    for a, b in spans:
+        a, b = b - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())
+        if a < b and (not tight or b > tight[-1][1]):  # else white space was all that it had to add
+            if tight and a == tight[-1][0]:
+                tight.pop()
+            tight.append((a, b))
+    return tight
 
 
 def _pieces(text: str, start: int, end: int, limit: int, level: int = 0) -> Iterator[tuple[int, int, int]]:
@@ -100,7 +107,7 @@ def read_passages(
         raise UserError(f"chunk_tokens {chunk_tokens}, overlap {overlap}: take at least 8, and an overlap below it")
     path, documents, hashes, owners = Path(path), [], set(), {}
     stats: dict = {"files": 0, "passages": 0, "duplicates": 0, "skipped": {}, "warnings": {}, "ignored": Counter()}
-    files = _find(path, stats) if path.is_dir() else [path]
+    files = _find(path, stats) if os.path.isdir(path) else [path]
     for file in tqdm(files, desc="reading", unit="file", leave=False, disable=len(files) < 2 or not is_main()):
         name = valid_unicode(file.name if file == path else file.relative_to(path).as_posix())
         try:
@@ -108,15 +115,21 @@ def read_passages(
                 found = list(_of_documents(file, chunk_tokens, overlap, chunk))
             else:
                 found = list(_of_text(file, name, chunk_tokens, overlap, stats["warnings"]))
-            new = {key: doc for key, doc in reversed(found) if key not in hashes}  # of equals, the first stays
-            if clash := next((doc.id for doc in new.values() if doc.id in owners), None):
-                raise UserError(f"its document {clash!r} has the id of another one in {owners[clash]}")
+            new: dict[str, Document] = {}
+            for key, doc in found:
+                if key not in hashes:
+                    new.setdefault(key, doc)
+            ids = Counter(doc.id for doc in new.values())
+            if clash := next((i for i in ids if ids[i] > 1 or i in owners), None):
+                raise UserError(f"its document {clash!r} has the id of another one in {owners.get(clash, name)}")
         except UserError as e:
+            if file == path:
+                raise UserError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
             stats["skipped"][name] = str(e)
             continue
         hashes |= new.keys()
-        owners |= {doc.id: name for doc in new.values()}
-        documents += reversed(new.values())
+        owners |= dict.fromkeys(ids, name)
+        documents += new.values()
         stats["files"] += 1
         stats["duplicates"] += len(found) - len(new)
     if not documents:
