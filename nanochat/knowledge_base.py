@@ -20,30 +20,30 @@ import fcntl
 import hashlib
 import json
 import mmap
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from os import replace as rename
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanochat.common import UserError, atomic_dir, from_main, is_main, read_json, sha256_of, write_json
-from nanochat.documents import Document, tokenize
+from nanochat.documents import Document
 from nanochat.encoder import get_encoder
+from nanochat.retrievers import INDEXES, bm25_index, check_choice, dense_index
 
 TYPES = ("simple", "bm25", "dense", "hybrid")
-INDEXES = ("auto", "flat", "hnsw", "ivf", "ivfpq")
 KB_VERSION = 2
 REBUILD = "build it again with python -m nanochat.retrieval prepare_kb"
 WAIT = 10.0  # seconds a writer waits for another one
 HASHED = 64 << 20  # files up to this many bytes are hashed when a knowledge base is opened, larger ones measured
-REINDEX = 20_000  # below this many documents, the indexes of a changed knowledge base are made anew when it is opened
 MAX_SEGMENTS = 32  # more are merged into one
+COMPACT = 1000  # more changes than this, and than a tenth of the base, and a new base is made
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -90,7 +90,7 @@ class Documents(Sequence):
 
     def containing(self, text: str) -> list[int]:
         """Positions of documents whose line has `text` in it, as JSON spells it: some of them may not fit a filter."""
-        needle, found = json.dumps(text, ensure_ascii=False)[1:-1].encode(), []
+        needle, found = json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "replace"), []
         for start, content, index in zip(self.starts, self.texts, self.index):
             at = content.find(needle)
             while at >= 0:
@@ -134,91 +134,6 @@ def _clean(documents: Sequence[Document]) -> list[Document]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Indexes
-
-
-def bm25_index(documents: Sequence[Document], method: str = "lucene") -> tuple[Any, float]:
-    """BM25 with k1 = 1.5, b = 0.75 over `tokenize`'s tokens -> bm25s' index and the average length in tokens."""
-    import bm25s
-
-    vocabulary = {"": 0}  # bm25s can't index an empty vocabulary; no query token is ever ""
-    ids = [[vocabulary.setdefault(t, len(vocabulary)) for t in tokenize(d.text)] or [0] for d in documents]
-    index = bm25s.BM25(k1=1.5, b=0.75, method=method)
-    index.index((ids, vocabulary), show_progress=False)
-    return index, sum(map(len, ids)) / len(ids)
-
-
-def dense_index(vectors: np.ndarray, kind: str = "auto", seed: int = 0) -> tuple[Any, dict]:
-    """Unit vectors (n, dims) float32 -> a faiss index by inner product, and what kb.json says about it.
-
-    auto: exact (flat) below 50,000, HNSW up to two million, IVF-PQ above. How far the approximate ones search is
-    chosen so that they find 95 % of the ten nearest of 200 queries: stored vectors, moved by half their length.
-    """
-    import faiss
-
-    n, dims = vectors.shape
-    if kind == "auto":
-        kind = "flat" if n < 50_000 else "hnsw" if n <= 2_000_000 else "ivfpq"
-    lists = max(1, min(int(4 * n**0.5), n // 39))
-    spec = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{dims // 4}"}
-    index = faiss.index_factory(dims, spec[kind], faiss.METRIC_INNER_PRODUCT)
-    if kind == "hnsw":
-        index.hnsw.efConstruction = 128
-    if not index.is_trained:
-        rng = np.random.default_rng(seed)
-        index.train(vectors[np.sort(rng.choice(n, min(n, 64 * lists), replace=False))])
-    index.add(vectors)
-    info: dict = {"kind": kind, "effort": 0}
-    if kind == "flat":
-        return index, {**info, "recall@10": 1.0}
-    rng = np.random.default_rng(seed)
-    noise = rng.standard_normal((min(n, 200), dims), dtype=np.float32)
-    queries = vectors[rng.choice(n, len(noise), replace=False)]
-    queries = queries + noise / 2 / np.linalg.norm(noise, axis=1, keepdims=True)
-    _, exact = faiss.knn(queries, vectors, min(n, 10), faiss.METRIC_INNER_PRODUCT)
-    for info["effort"] in (16, 32, 64, 128, 256, 512, 1024):
-        found = [search_dense(index, info, vectors, query, min(n, 10))[1] for query in queries]
-        info["recall@10"] = float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found)]))
-        if info["recall@10"] >= 0.95:
-            break
-    return index, info
-
-
-def search_dense(
-    index: Any, info: dict, vectors: np.ndarray, query: np.ndarray, k: int, keep: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of one query (dims,), of those where keep (n,) is True -> scores and positions, best first.
-
-    IVF-PQ's candidates are scored anew by their stored vectors.
-    """
-    import faiss
-
-    kind, share = info["kind"], 1.0
-    sel = None
-    if keep is not None:
-        rows = np.flatnonzero(keep)
-        if len(rows) <= 50_000:  # few enough to look at each
-            return _nearest(vectors, rows, query, k)
-        share, sel = len(rows) / len(keep), faiss.IDSelectorBitmap(np.packbits(keep, bitorder="little"))
-    effort = int(info["effort"] / share)
-    if kind == "flat":
-        params = faiss.SearchParameters(sel=sel)
-    elif kind == "hnsw":
-        params = faiss.SearchParametersHNSW(sel=sel, efSearch=max(effort, k))
-    else:
-        params = faiss.SearchParametersIVF(sel=sel, nprobe=effort)
-    scores, rows = index.search(query[None], max(10 * k, 200) if kind == "ivfpq" else k, params=params)
-    scores, rows = scores[0][rows[0] >= 0], rows[0][rows[0] >= 0]
-    return _nearest(vectors, rows, query, k) if kind == "ivfpq" else (scores, rows)
-
-
-def _nearest(vectors: np.ndarray, rows: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    scores = vectors[rows] @ query
-    order = np.argsort(-scores, kind="stable")[:k]
-    return scores[order], rows[order]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -228,7 +143,7 @@ class KnowledgeBase:
 
     path: Path
     info: dict  # what kb.json says
-    digest: str  # sha256 of kb.json: two knowledge bases that share it hold the same
+    digest: str  # sha256 of `info`: two knowledge bases that share it hold the same
     everything: Documents  # base and tail, removed ones included
     keep: np.ndarray  # (n,) bool: False where a document was removed
     documents: Documents  # those that count
@@ -242,6 +157,13 @@ def _load_array(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+def _bytes(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
 def _folders(path: Path, info: dict) -> list[Path]:
     return [path, *(path / "segments" / name for name in info["segments"])]
 
@@ -249,10 +171,14 @@ def _folders(path: Path, info: dict) -> list[Path]:
 def kb_info(path: str | Path) -> dict:
     """What kb.json says. Raises UserError if `path` isn't a knowledge base this version reads."""
     path = Path(path)
-    if not (path / "kb.json").is_file() and _lock_file(path).exists():
-        with suppress(OSError), writing(path):  # a swap is under way, or died half-way: this puts the old one back
-            pass
-    return _read_info(path)
+    try:
+        return _read_info(path)
+    except UserError:
+        if not _lock_file(path).exists():
+            raise
+        with suppress(OSError), writing(path):  # a swap was under way, or died half-way: then the old one is put back
+            return _read_info(path)
+        raise
 
 
 def _read_info(path: Path) -> dict:
@@ -269,8 +195,11 @@ def _read_info(path: Path) -> dict:
     if info.get("type") not in TYPES:
         raise UserError(f"{path}/kb.json doesn't say which retriever it was built for (field 'type'); {REBUILD}")
     sound = all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in info["files"].values())
-    lists = isinstance(info.get("segments"), list) and isinstance(info.get("removed"), list)
-    if not sound or not lists or "documents.jsonl" not in info["files"]:
+    segments = info.get("segments")
+    sound = sound and isinstance(info.get("removed"), list) and isinstance(segments, list)
+    sound = sound and all(isinstance(s, str) and re.fullmatch(r"\d{6}", s) for s in segments)
+    holds = {"documents.jsonl", *(f"segments/{s}/documents.jsonl" for s in segments)} if sound else set()
+    if not sound or not holds <= set(info["files"]):
         raise UserError(f"{path}/kb.json is not that of a knowledge base; {REBUILD}")
     return info
 
@@ -303,19 +232,20 @@ def open_kb(path: str | Path, type: str = "simple", load: Callable[[KnowledgeBas
     If it is replaced while being read, it is read again; `load` reads whatever else it wants of the folder.
     """
     path = Path(path)
-    for attempt in range(100):
-        info = kb_info(path)
+    for _ in range(100):
+        before = _bytes(path / "kb.json")
         try:
+            info = kb_info(path)
             check_files(path, info, type)
             everything = Documents(_folders(path, info))
             keep = np.ones(len(everything), dtype=bool)
             keep[info["removed"]] = False
-            digest = sha256_of(path / "kb.json")
+            digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
             loaded = load(KnowledgeBase(path, info, digest, everything, keep, everything.select(keep)))
-            if kb_info(path)["files"].items() >= info["files"].items():
+            if kb_info(path)["files"].items() >= info["files"].items():  # nothing of what was read has been replaced
                 return loaded
         except (UserError, OSError, ValueError, LookupError, RuntimeError, TypeError) as e:
-            if attempt == 99 or kb_info(path) == info:  # nobody writes: it is our files that are wrong
+            if _bytes(path / "kb.json") == before:  # nobody writes: it is our files that are wrong
                 if isinstance(e, UserError):
                     raise
                 raise UserError(f"{path} cannot be read ({e}); {REBUILD}") from e
@@ -350,10 +280,13 @@ def writing(path: Path) -> Iterator[None]:
         ours = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?[a-z0-9_]{{8}}")  # as atomic_dir names its folders
         for left in [p for p in path.parent.iterdir() if ours.fullmatch(p.name) and p.is_dir()]:
             if ".old." in left.name and not path.exists() and (left / "kb.json").is_file():
-                rename(left, path)  # killed between the two renames of a swap
+                os.replace(left, path)  # killed between the two renames of a swap
             else:
                 shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+_OURS = re.compile(r"\.kb\.json\.|segments/(\d{6}|\.\d{6}\..*)/")  # what a killed writer may leave behind
 
 
 def _foreign(path: Path) -> str:
@@ -361,7 +294,14 @@ def _foreign(path: Path) -> str:
     old = read_json(path / "kb.json")  # of any version
     ours = {"kb.json", *(old.get("files", ()) if isinstance(old, dict) else ())}
     there = (f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
-    return next((n for n in sorted(there) if n not in ours and not n.startswith((".kb.json.", "segments/"))), "")
+    return next((n for n in sorted(there) if n not in ours and not _OURS.match(n)), "")
+
+
+def _sync(folder: Path) -> None:
+    """Put on disk which files a folder holds: what kb.json names must outlive a power cut if kb.json does."""
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def _checksums(folder: Path, prefix: str = "") -> dict:
@@ -452,9 +392,11 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
     path = Path(path).resolve()
     with writing(path):
         info = _read_info(path)
-        for left in [*path.glob(".kb.json.*"), *path.glob("segments/*"), *path.glob("segments/.*")]:  # of a killed one
-            if left.name not in info["segments"]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in path.glob(".kb.json.*"):  # what a killed writer left behind
+            left.unlink()
+        for left in path.glob("segments/*"):
+            if left.name not in info["segments"] and re.fullmatch(r"\d{6}|\.\d{6}\..*", left.name):
+                shutil.rmtree(left)
         check_files(path, info, "simple")
         everything = Documents(_folders(path, info))
         keep = np.ones(len(everything), dtype=bool)
@@ -473,10 +415,10 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
         old = [_load_array(f / "embeddings.npy") for f in _folders(path, info)] if "encoder" in info else []
         if new and old:
             vectors = _embed(new, get_kb_encoder(info, path))
-        if n - base + len(new) + int((~keep).sum()) > max(1000, base // 10) and not _foreign(path):
+        if n - base + len(new) + int((~keep).sum()) > max(COMPACT, base // 10) and not _foreign(path):
             if old:
                 vectors = np.concatenate([np.concatenate(old)[keep], *([vectors] if new else [])])
-            info["index"] = {"asked": info["index"]["asked"]} if old else {}
+                info["index"] = {"asked": info["index"]["asked"]}
             return _write_base(path, [*everything.select(keep), *new], vectors, info)
         gone, added = [], len(new)
         if new:
@@ -486,11 +428,13 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
                 vectors = np.concatenate([*old[1:], vectors]) if old else None
             with atomic_dir(path / "segments" / name) as folder:
                 _write_documents(folder, new, vectors)
+            _sync(path / "segments")
             files = {f: entry for f, entry in info["files"].items() if not gone or not f.startswith("segments/")}
             info["files"] = {**files, **_checksums(path / "segments" / name, f"segments/{name}/")}
             info["segments"] = [name] if gone else [*info["segments"], name]
         info["removed"], info["documents"] = np.flatnonzero(~keep).tolist(), int(keep.sum()) + added
         write_json(path / "kb.json", info)  # the moment it happens
+        _sync(path)
         for name in gone:
             shutil.rmtree(path / "segments" / name, ignore_errors=True)
     return info
@@ -503,8 +447,3 @@ def get_kb_encoder(info: dict, path: Path) -> Any:
     if not isinstance(name, str) or (encoder := get_encoder(name)).info != known:
         raise UserError(f"{path} was embedded by another encoder; {REBUILD}")
     return encoder
-
-
-def check_choice(what: str, name: str, choices: Sequence[str]) -> None:
-    if name not in choices:
-        raise UserError(f"unknown {what} '{name}'; choose one of {', '.join(choices)}")
