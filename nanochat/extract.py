@@ -87,7 +87,7 @@ def _decode(data: bytes, html: bool) -> tuple[str, str]:
         if (lost := text.count("\ufffd")) > len(text) / 5:
             raise UserError("not text in UTF-8; convert it first") from None
         warning = f"{lost} characters could not be decoded and were replaced" if lost else ""
-    return text.replace("\r\n", "\n").replace("\r", "\n"), warning
+    return valid_unicode(text).replace("\r\n", "\n").replace("\r", "\n"), warning
 
 
 _SPACE = regex.compile(r"[^\S\v]+")
@@ -130,7 +130,7 @@ def _html(markup: str) -> tuple[str, str]:
             piece = piece.lstrip() if parts[-1][-1:].isspace() else piece
         if piece:
             parts.append(piece)
-    text = valid_unicode("".join(parts)).replace("\v", "\n").strip()
+    text = "".join(parts).replace("\v", "\n").strip()
     return regex.sub(r"\n{3,}", "\n\n", text), title
 
 

@@ -145,6 +145,7 @@ def test_broken_html_is_read_as_far_as_it_goes(tmp_path):
     assert read(tmp_path, "a.html", "<h1>Top<h2>Sub<p>text <b>bo</b>ld")[0].title == "Top Sub text bold"
     assert read(tmp_path, "a.html", "<h1>" + "word " * 100 + "<p>end")[0].title == "a"  # no heading is that long
     assert read(tmp_path, "a.html", b"<meta charset=latin-1><p>caf\xe9 \x93x\x94")[0].content == "café “x”"
+    assert read(tmp_path, "a.html", b"<meta charset=unicode_escape><title>\\ud800</title>a \xe9")[0].title == "?"
     for encoding in (b"rot13", b"idna", b"no-such"):
         assert read(tmp_path, "a.html", b"<meta charset=%s><p>a caf\xe9" % encoding)[0].content == "a caf\ufffd"
 
