@@ -68,7 +68,7 @@ def dense_index(vectors: np.ndarray, kind: str = "auto", seed: int = 0) -> tuple
     if kind == "auto":
         kind = "flat" if n < 50_000 else "hnsw" if n <= 2_000_000 else "ivfpq"
     lists = max(1, min(int(4 * n**0.5), n // 39))
-    spec = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{dims // 4}"}
+    spec = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{dims // 4}np"}
     index = faiss.index_factory(dims, spec[kind], faiss.METRIC_INNER_PRODUCT)
     if kind == "hnsw":
         index.hnsw.efConstruction = 128
