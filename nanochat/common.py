@@ -4,6 +4,7 @@ Nothing here knows about models or data. `UserError` is the exception for everyt
 command-line edge (`config.run`) turns it into one line and exit code 2.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -126,7 +127,7 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
     """Yield the objects of a .jsonl file.
 
     Raises UserError, naming the line, if the file is missing, a line isn't a JSON object in UTF-8, or lacks a field
-    of `required`. Blank lines are skipped.
+    of `required`. Blank lines are skipped, and so is a byte order mark before the first.
     """
     try:
         f = open(path, "rb")
@@ -134,6 +135,8 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     with f:
         for n, line in enumerate(f, 1):
+            if n == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:

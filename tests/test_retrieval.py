@@ -1,6 +1,7 @@
 """Retrieval: tokens, the four retrievers, knowledge bases on disk, the command line, the example data set."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
-from nanochat import retrieval
+from benchmarks.kb_kill_loop import Checksums
+from nanochat import knowledge_base, retrieval
+from nanochat import retrievers as retrievers_module
 from nanochat.common import UserError, read_jsonl
 from nanochat.documents import Document, read_documents, tokenize
 from nanochat.rag_utils import ABSTENTION, extract_citations
@@ -22,6 +25,7 @@ from nanochat.retrieval import (
     cli,
     load_retriever,
 )
+from nanochat.retrievers import dense_index
 from scripts import prepare_rag_dataset
 
 TEXTS = [
@@ -149,6 +153,22 @@ def test_a_dense_batch_gives_what_single_queries_give(retrievers, name):
         assert np.allclose([doc.score for doc in found], [doc.score for doc in single], atol=1e-5)
 
 
+def test_what_compares_vectors_says_how_similar_a_document_is(retrievers):
+    query = "Where is the river of Chad?"
+    encoder = retrievers["dense"].encoder
+    [vector] = encoder.encode_queries([query])
+    for name, retriever in retrievers.items():
+        found = retriever.retrieve(query, 4)
+        if name in ("dense", "hybrid"):
+            rows = encoder.encode_passages([doc.text for doc in found])
+            assert [doc.similarity for doc in found] == pytest.approx((rows @ vector).tolist(), abs=2e-2)
+        else:
+            assert [doc.similarity for doc in found] == [None] * len(found)
+    assert [doc.similarity for doc in retrievers["dense"].retrieve(query)] == pytest.approx(
+        [doc.score for doc in retrievers["dense"].retrieve(query)]
+    )
+
+
 def test_equal_scores_come_in_order_of_position():
     twins = [Document(f"t{n}", "same", "same words") for n in range(30)]
     for retriever in (SimpleRetriever(twins), BM25Retriever(twins)):
@@ -206,12 +226,192 @@ def test_fusion_prefers_what_both_lists_hold():
             super().__init__(DOCS)
             self.order = order
 
-        def _search(self, queries, top_k):
+        def _search(self, queries, top_k, mask):
             return [[(1.0, position) for position in self.order] for _ in queries]
 
     found = HybridRetriever(Fixed(0, 1, 2), Fixed(3, 1, 4)).retrieve("any", 3)
     assert [doc.id for doc in found] == ["d1", "d0", "d3"]
     assert found[0].score == pytest.approx(2 / 62)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.fixture(scope="module")
+def many():
+    """2,000 documents of Zipf's words, every retriever over them, with vectors that only the text decides."""
+    rng = np.random.default_rng(3)
+    weights = 1 / np.arange(1, 401)
+    texts = [
+        " ".join(f"w{n}" for n in rng.choice(400, rng.integers(3, 40), p=weights / weights.sum())) for _ in range(2000)
+    ]
+    docs = [
+        Document(
+            str(n),
+            f"title{n % 50}",
+            text,
+            metadata={"third": n % 3, "tags": [f"t{n % 7}", f"u{n % 11}"], "ok": n % 2 == 0},
+        )
+        for n, text in enumerate(texts)
+    ]
+    bm25, dense = BM25Retriever(docs), DenseRetriever(docs, Checksums())
+    return {"simple": SimpleRetriever(docs), "bm25": bm25, "dense": dense, "hybrid": HybridRetriever(bm25, dense)}
+
+
+@pytest.mark.parametrize("name", retrieval.TYPES)
+def test_filters_give_what_sifting_all_results_gives(many, name):
+    """Fusion is left to the filtered lists: what doesn't pass takes nobody's rank."""
+    retriever, n = many[name], len(many[name].documents)
+    for filters, passes in [
+        ({"third": 1}, lambda d: d.metadata["third"] == 1),
+        ({"third": ["0", 2], "ok": True}, lambda d: d.metadata["third"] != 1 and d.metadata["ok"]),
+        ({"tags": ["t3", "u5"]}, lambda d: {"t3", "u5"} & set(d.metadata["tags"])),
+        ({"title": "title7"}, lambda d: d.title == "title7"),
+    ]:
+        found = retriever.retrieve("w3 w50 w200 title7", 8, filters=filters)
+        assert found and all(passes(doc) for doc in found)
+        if name != "hybrid":
+            want = [doc for doc in retriever.retrieve("w3 w50 w200 title7", n) if passes(doc)][:8]
+            assert [doc.id for doc in found] == [doc.id for doc in want]
+            assert np.allclose([doc.score for doc in found], [doc.score for doc in want], atol=1e-5)
+    for nothing in ({"third": 5}, {"nowhere": "x"}, {"title": []}, {"title": "\ud800"}):
+        assert retriever.retrieve("w3 w50", 5, filters=nothing) == []
+    with pytest.raises(UserError, match="values must be text"):
+        retriever.retrieve("w3", 5, filters={"third": None})
+
+
+def test_bm25_gives_the_best_of_all_however_few_are_asked_for(many):
+    """Common words are added to promising documents only; that changes nothing."""
+    retriever, rng = many["bm25"], np.random.default_rng(0)
+    for _ in range(60):
+        query = " ".join(f"w{n}" for n in [*rng.integers(0, 6, 3), *rng.integers(0, 400, 2)])
+        scores = retriever.index.get_scores(tokenize(query))
+        [every] = retriever.search([query], 2000)
+        assert np.allclose([score for score, _ in every], np.sort(scores[scores > 0])[::-1], rtol=1e-5)
+        for top_k in (1, 10):
+            assert retriever.search([query], top_k) == [every[:top_k]]
+
+
+@pytest.mark.parametrize("name", retrieval.TYPES)
+def test_min_score_and_mmr(many, name):
+    retriever, query = many[name], "w3 w50 w120"
+    plain = retriever.retrieve(query, 10)
+    assert retriever.retrieve(query, 10, min_score=plain[3].score) == plain[:4]
+    assert retriever.retrieve(query, 10, mmr=1) == plain
+    diverse = retriever.retrieve(query, 10, mmr=0.3)
+    assert diverse[0] == plain[0] and diverse[:4] == retriever.retrieve(query, 4, mmr=0.3)
+    likeness = lambda docs: retriever._likeness([int(doc.id) for doc in docs])[np.triu_indices(10, 1)].mean()
+    assert likeness(diverse) < likeness(plain)
+
+
+def test_twins_are_shown_once_when_diversity_is_asked_for():
+    docs = [Document(str(n), "", text) for n, text in enumerate(["red fox"] * 5 + ["red wine", "red fox den"])]
+    for retriever in (SimpleRetriever(docs), BM25Retriever(docs), DenseRetriever(docs, Checksums())):
+        found = retriever.retrieve("red fox", 3, mmr=0.3)
+        assert len({doc.content for doc in found}) == 3
+
+
+def test_reranking_orders_the_best_fifty(many, monkeypatch):
+    class Shortest:
+        def score(self, query, texts):
+            return -np.array([len(text) for text in texts], dtype=np.float32)
+
+    monkeypatch.setattr(retrievers_module, "get_reranker", lambda name: {"short": Shortest()}[name])
+    pool = many["hybrid"].retrieve("w3 w50", 50)
+    found = many["hybrid"].retrieve("w3 w50", 5, rerank="short")
+    assert [doc.id for doc in found] == [doc.id for doc in sorted(pool, key=lambda doc: len(doc.text))[:5]]
+    assert found == many["hybrid"].retrieve_batch(["nothing", "w3 w50"], 5, rerank="short")[1]
+    assert many["bm25"].retrieve("nothing", 5, rerank="short") == []
+
+
+def test_weighted_fusion_runs_from_one_part_to_the_other(many):
+    bm25, dense = many["bm25"], many["dense"]
+    for alpha, part in ((0.0, bm25), (1.0, dense)):
+        fused = HybridRetriever(bm25, dense, fusion="weighted", alpha=alpha)
+        assert [doc.id for doc in fused.retrieve("w9 w50", 5)] == [doc.id for doc in part.retrieve("w9 w50", 5)]
+    best = HybridRetriever(bm25, dense, fusion="weighted", alpha=0.7).retrieve("w9 w50", 5)[0]
+    hits = [{i: s for s, i in part._search(["w9 w50"], 100, None)[0]} for part in (bm25, dense)]
+    scaled = [
+        (h.get(int(best.id), min(h.values())) - min(h.values())) / (max(h.values()) - min(h.values())) for h in hits
+    ]
+    assert best.score == pytest.approx(0.3 * scaled[0] + 0.7 * scaled[1])
+    for bad in ({"fusion": "mix"}, {"alpha": 1.5}):
+        with pytest.raises(UserError):
+            HybridRetriever(bm25, dense, **bad)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "ivfpq"])
+def test_approximate_indexes_find_what_the_exact_one_finds(kind):
+    n, rng = 1200, np.random.default_rng(0)
+    vectors = np.repeat(rng.standard_normal((40, 16)), n // 40, axis=0) + rng.standard_normal((n, 16)) * 0.7
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    docs = [Document(str(i), "", "", metadata={"half": i % 2}) for i in range(n)]
+    encoder = SimpleNamespace(encode_queries=lambda queries: vectors[[int(query) for query in queries]])
+    index, described = dense_index(vectors, kind)
+    assert described["kind"] == kind and described["recall@10"] >= 0.95
+    keep, half = np.arange(n) % 3 > 0, np.arange(n) % 2 == 1
+    begun = dense_index(vectors[: n - 50], kind)[0]
+    cases = [  # with a tail, with removed documents, with a filter on top
+        (DenseRetriever(docs, encoder, [vectors[: n - 50], vectors[n - 50 :]], begun, described), {}, keep | True),
+        (DenseRetriever(docs, encoder, [vectors], index, described, keep), {}, keep),
+        (DenseRetriever(docs, encoder, [vectors], index, described, keep), {"filters": {"half": 1}}, keep & half),
+    ]
+    queries = range(0, n, 40)
+    for retriever, options, passes in cases:
+        shared = []
+        for query, found in zip(queries, retriever.search([str(q) for q in queries], 10, **options)):
+            want = np.argsort(-np.where(passes, vectors @ vectors[query], -2))[:10]
+            shared.append(len({i for _, i in found} & set(want.tolist())))
+        assert np.mean(shared) >= 9.3, options
+
+
+def test_the_index_is_chosen_by_size_and_its_recall_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(knowledge_base, "get_encoder", lambda name="": Checksums())
+    build_kb(DOCS, tmp_path / "flat")
+    build_kb(DOCS, tmp_path / "hnsw", index="hnsw")
+    for name in ("flat", "hnsw"):
+        info = json.loads((tmp_path / name / "kb.json").read_text())["index"]
+        assert info["kind"] == name and info["recall@10"] >= 0.95
+    with pytest.raises(UserError, match="unknown index 'tree'"):
+        build_kb(DOCS, tmp_path / "kb", index="tree")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The manager
+
+
+def test_a_cached_search_is_not_done_again_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    build_kb(DOCS, tmp_path / "kb", "bm25")
+    searches = []
+    find = BM25Retriever._find
+    monkeypatch.setattr(BM25Retriever, "_find", lambda self, *args: searches.append(args[0]) or find(self, *args))
+    queries, plain = ["point of Peru", "Chad", "\ud800", "Chad"], RetrievalManager("", tmp_path / "kb")
+    want = plain.retrieve_batch(queries, 3)
+    searches.clear()
+    for _ in range(2):
+        manager = RetrievalManager("", tmp_path / "kb", cached=True)
+        assert manager.retrieve_batch(queries, 3) == want
+        assert len(searches) == 3  # in the first turn; equal queries once
+    assert manager.retrieve("Chad", 3) == want[1] and len(searches) == 3
+    manager.retrieve("Chad", 2)
+    assert manager.retrieve("Chad", 3, filters={"title": "Chad - land"})[0].id == "d0" and len(searches) == 5
+    manager.add_documents([Document("new", "Chad", "Chad")])
+    assert manager.retrieve("Chad", 1)[0].id == "new" and len(searches) == 6
+    with pytest.raises(UserError, match="must be text"):
+        manager.retrieve(None)
+    with pytest.raises(UserError, match="unknown option 'filter'"):
+        RetrievalManager("", tmp_path / "kb", filter={})
+
+
+def test_the_managers_options_are_defaults(tmp_path):
+    build_kb(DOCS, tmp_path / "kb", "bm25")
+    manager = RetrievalManager("bm25", tmp_path / "kb", filters={"title": "Peru - land"})
+    assert [doc.id for doc in manager.retrieve("highest point")] == ["d2"]
+    assert len(manager.retrieve("highest point", filters=None)) > 1
+    talk = manager.augment_conversation({"messages": [{"role": "user", "content": "highest point"}]})
+    assert [doc["id"] for doc in talk["messages"][0]["documents"]] == ["d2"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,7 +426,7 @@ def test_a_loaded_index_ranks_as_the_one_that_was_built(retrievers):
 
 def test_the_folder_holds_what_the_format_says_and_no_pickle(kb):
     info = json.loads((kb / "kb.json").read_text())
-    assert (info["version"], info["documents"], info["encoder"]["dims"]) == (1, len(DOCS), 384)
+    assert (info["version"], info["documents"], info["encoder"]["dims"]) == (2, len(DOCS), 384)
     assert {"documents.jsonl", "embeddings.npy", "index.faiss"} <= set(info["files"])
     assert np.load(kb / "embeddings.npy", allow_pickle=False).shape == (len(DOCS), 384)
     assert all(b"pickle" not in path.read_bytes()[:200] for path in kb.rglob("*") if path.is_file())
@@ -270,7 +470,7 @@ def test_tampering_is_noticed(tmp_path, name, harm):
 
 def test_another_format_version_or_encoder_is_refused(tmp_path, kb):
     info = json.loads((kb / "kb.json").read_text())
-    for change, says in [({"version": 99}, "version 99, not 1"), ({"encoder": {"sha256": "0"}}, "another encoder")]:
+    for change, says in [({"version": 99}, "version 99, not 2"), ({"encoder": {"sha256": "0"}}, "another encoder")]:
         for path in kb.iterdir():
             if not (tmp_path / path.name).exists():
                 (tmp_path / path.name).symlink_to(path)
@@ -291,12 +491,12 @@ def test_a_knowledge_base_that_does_not_say_its_type_is_refused(tmp_path):
 
 def test_a_failed_build_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
     build_kb(DOCS, tmp_path / "kb", "bm25")
-    monkeypatch.setattr(BM25Retriever, "save", lambda self, folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(np, "save", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         build_kb(DOCS[:2], tmp_path / "kb", "bm25")
     monkeypatch.undo()
     assert len(RetrievalManager("bm25", tmp_path / "kb").documents) == len(DOCS)
-    assert [path.name for path in tmp_path.iterdir()] == ["kb"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kb.lock", "kb"]
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
@@ -331,7 +531,7 @@ def test_questions_that_cannot_be_judged_are_one_line(kb, tmp_path, capsys, row)
 
 def test_help_names_the_commands(capsys):
     cli(["--help"])
-    assert "prepare_kb, query, eval" in capsys.readouterr().out
+    assert "prepare_kb, add, remove, stats, query, eval" in capsys.readouterr().out
 
 
 def test_a_conversation_gets_documents_before_its_last_user_message(kb):
@@ -388,7 +588,7 @@ def test_eval_writes_a_row_for_every_retriever(tmp_path, kb, capsys):
     retrieval.cli(["eval", "--knowledge_base", str(kb), "--queries", str(tmp_path / "q.jsonl"), "--output", str(out)])
     result = json.loads(out.read_text())
     assert set(result) == {"rows", "by_type", "config", "versions"}
-    assert list(result["rows"]) == ["simple", "bm25", "dense", "hybrid"]
+    assert list(result["rows"]) == ["simple", "bm25", "dense", "hybrid", "rerank"]
     for row in result["rows"].values():
         assert row["n"] == 2 and row["recall@5"] == row["all_gold@5"] == 1.0 and row["recall@1"] == 0.75
     assert set(result["by_type"]) == {"single", "two_hop"}
