@@ -154,7 +154,7 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
     stage "tokenizer evaluation" "$out/evals/tok_eval.json" "$out/tokenizer/tokenizer.json" \
         python -m scripts.tok_eval --output "$out/evals/tok_eval.json"
     stage "knowledge base" "$data/conversations/val_rag.jsonl" data/factbook/knowledge_base/documents.jsonl \
-        python -m scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
+        $run scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
     stage pretraining base - $run scripts.base_train --model_tag $tag $common $base
     evaluate "base evaluation" base_eval base --model_tag $tag --data $text --max_examples $few
     stage midtraining mid - $run scripts.mid_train --source_tag $tag --model_tag $tag $common $mid

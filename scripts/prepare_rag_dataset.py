@@ -16,7 +16,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import DATA, UserError, print0, read_jsonl, sha256_of, write_jsonl
+from nanochat.common import (
+    DATA,
+    UserError,
+    from_main,
+    init_distributed,
+    is_main,
+    print0,
+    read_jsonl,
+    sha256_of,
+    write_jsonl,
+)
 from nanochat.config import run
 from nanochat.documents import Document, read_documents
 from nanochat.rag_utils import ABSTENTION
@@ -44,6 +54,7 @@ def main(config: Config) -> None:
     if config.max_conversations < 0:
         raise UserError(f"--max_conversations {config.max_conversations}: at least 0")
     output = Path(config.output)
+    init_distributed("cpu")  # under torchrun all processes embed, and the first one writes
 
     # 1. documents and questions
     if config.mode == "example":
@@ -56,13 +67,15 @@ def main(config: Config) -> None:
 
     # 2. the knowledge base, unless it is there
     kb = output / "knowledge_base"
-    if is_built(kb, config.type, built_from):
+    if from_main(is_built(kb, config.type, built_from)):
         print0(f"{kb}: already built")
     else:
         build_kb(documents, kb, config.type, built_from)
         print0(f"{kb}: {len(documents)} documents")
 
     # 3. questions and conversations
+    if not is_main():
+        return
     for split, rows in queries.items():
         write_jsonl(output / "queries" / f"{split}.jsonl", rows)
         print0(f"{output / 'queries' / split}.jsonl: {len(rows)} questions")
