@@ -7,7 +7,7 @@
     task = RAGTask(world.queries, world.documents)
 
 Whoever trains on one kind of prose learns to read one kind of prose; here are sixteen. And whatever a model answers
-about this world it has read: no pretraining can have told it. Splits share no names (a name's checksum says to which
+about this world it has read: no pretraining can have told it. Splits share no invented word (its checksum says to which
 it belongs), and some wordings are kept for validation and test: a question there is asked, and a document written, in
 wordings that training has or in others, and says so (`wording`).
 
@@ -20,6 +20,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from zlib import crc32
 
@@ -28,105 +29,106 @@ from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.rag_utils import ABSTENTION
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Wordings that every relation shares: (for all splits, held out)
-
-ASK = (
-    "What is the {np} of {c}?|What is {c}'s {np}?|Tell me the {np} of {c}.|Please give me {c}'s {np}.|"
-    "I'd like to know the {np} of {c}.|Find out the {np} of {c}.".split("|"),
-    "Could you check the {np} of {c} for me?|Remind me of {c}'s {np}.".split("|"),
-)
-ASK_WHO = (
-    "Who is the {np} of {c}?|Who is {c}'s {np}?|Tell me the name of {c}'s {np}.|Please name the {np} of {c}.".split("|"),
-    "By what name is the {np} of {c} known?|I forgot who the {np} of {c} is.".split("|"),
-)
-SAY = (
-    ["{C} {vp}.", "{C} {vp}.", "{C} {vp}.", "Unlike {o}, {c} {vp}.", "According to the records, {c} {vp}.",
-     "As many people know, {c} {vp}.", "{C}, not to be confused with {o}, {vp}."],
-    ["{C} {vp}.", "{C} {vp}.", "In contrast to {o}, {c} {vp}.", "It is said that {c} {vp}."],
-)  # fmt: skip
-ASIDES = (
-    ["Some compare {c} with {o}.", "There is more to read about {o} elsewhere.", "Opinions on this differ.",
-     "Those who want to know more should ask around.", "Not everybody is happy about that.",
-     "Much has been said about it since.", "Visitors often ask about {o} instead.", "The details are easy to check.",
-     "That was not always so.", "A longer account is in preparation."],
-    ["{C} and {o} are often named in one breath.", "Nobody remembers who decided that.",
-     "This page is looked over now and then."],
-)  # fmt: skip
-TITLES = ["{n}", "{n}", "{n} - {k}", "About {n}", "Notes on {n}", "{n}: an overview"]
-COMPARE = {  # (question, other wording, whether the larger value wins)
-    "founded": ("Which was founded earlier, {a} or {b}?", "Which is older, {a} or {b}?", False),
-    "population": ("Where do more people live, in {a} or in {b}?", "Which has more inhabitants, {a} or {b}?", True),
-    "length": ("Which is longer, {a} or {b}?", "Which has the greater length, {a} or {b}?", True),
-    "height": ("Which is higher, {a} or {b}?", "Which is taller, {a} or {b}?", True),
-    "weight": ("Which is heavier, {a} or {b}?", "Which weighs more, {a} or {b}?", True),
-    "appeared": ("Which appeared first, {a} or {b}?", "Which has been around longer, {a} or {b}?", False),
-    "launched": ("Which was launched earlier, {a} or {b}?", "Which is the older ship, {a} or {b}?", False),
-    "born": ("Who was born earlier, {a} or {b}?", "Who is older, {a} or {b}?", False),
-}
-SECOND = (
-    ["{C's} {np}, {s}, {vp}.", "{C's} {np} is {s}, {who} {vp}.", "As for {c}, the {np} is {s}, {who} {vp}."],
-    ["Then there is the {np} of {c}: {s} {vp}."],
-)
-DATED = ["As of {}:", "In the edition of {}:", "Last checked in {}."]
+SPLITS = {"train": range(8), "val": range(8, 9), "test": range(9, 10)}  # checksum of an invented word, modulo 10
+HELD_SHARE = 0.3  # of validation and test questions, and of their documents, are in held-out wordings
+LINKED = ("river", "town", "person", "company")  # kinds that others refer to: twice as many of these, and made first
 ITS = {"it": "its", "he": "his", "she": "her"}
-HELD_SHARE = 0.3  # of validation and test questions, and documents, in held-out wordings
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Names and values
-
-HEADS = "B Br D Dr F Fl G Gr H J K Kl Kr L M N P Pl R S Sk St T Tr V W Y Z Th".split()
-VOWELS = "a e i o u a e o ei au".split()
-HEARTS = "rv nd lm sk rn vr ld mb nt zk lt rsk lv nz rt ld dr sp gl nk".split()
-TAILS = {
-    "x": "a en ia o is um ara eth une ell ys ane il or essa ovar".split(),
-    "s": "ek osh ardi eling quist ova emar ellin asz erby ano ovic estrand ersen uyt".split(),
-    "T": "by holm wick stad mouth vale ford ham ton field burg haven".split(),
-}
-FEMALE = "Clara Nora Edith Irene Marta Judith Helen Sonja Ruth Ada Vera Lucy Paula Greta Agnes Dora Miriam Olive".split()
-MALE = "Oscar Hugo Felix Martin Victor Simon Edgar Leo Albert Jonas Bruno Walter Peter Anton Ralph Emil Noah Stefan".split()
 MONTHS = "January February March April May June July August September October November December".split()
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 UNITS = {"km": "kilometers", "m": "meters", "kg": "kilograms", "cm": "centimeters"}
-SPLITS = {"train": range(0, 8), "val": range(8, 9), "test": range(9, 10)}  # checksum of an invented word, modulo 10
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables of data/fiction
+
+
+@dataclass
+class Wordings:
+    """Ways to say one thing: those of all splits, and those that training never sees."""
+
+    seen: list[str]
+    held: list[str]
+
+    @classmethod
+    def read(cls, text: str) -> "Wordings":
+        return cls(*([w for w in part.split(" / ") if w] for part in (text + " # ").split(" # ")[:2]))
+
+    def __call__(self, held: bool) -> list[str]:
+        return self.held if held else self.seen
 
 
 @dataclass
 class Relation:
-    """A kind of fact: what its values are, and how it is told and asked, in wordings (seen, held out)."""
+    """A kind of fact: what its values are, how it is told, asked, compared."""
 
     name: str
     values: str
     np: str
-    bridge: str
-    says: tuple[list[str], list[str]]
-    asks: tuple[list[str], list[str]]
-    changes: bool
-    plural: bool
+    says: Wordings
+    asks: Wordings
+    bridge: str  # what a thing is called that is the fact's value
+    changes: bool = False
+    compare: str = ""
+
+    @classmethod
+    def read(cls, name: str, values: str, np: str, says: str, asks: str, compare: str = "") -> "Relation":
+        np, _, bridge = np.partition(" > ")
+        are, np = ("are", np[1:]) if np[0] == "*" else ("is", np)
+        own, told = Wordings.read(asks), Wordings.read(says)
+        frames = PHRASES["who" if values.endswith("person") else "ask"]
+        filled = [[q.replace("{np}", np).replace("What is", f"What {are}") for q in qs] for qs in (frames.seen, frames.held)]
+        told.seen = told.seen * 2 + [f"{{C's}} {np} {{{are}}} {{v}}"]
+        asks = Wordings(own.seen * 2 + filled[0], own.held * 2 + filled[1])
+        return cls(name.rstrip("~"), values, np, told, asks, bridge or f"the {np} of {{c}}", name[-1] == "~", compare)
 
 
 @dataclass
 class Kind:
-    """A kind of entity. `relations` maps names of relations to what their values are for this kind."""
+    """A kind of entity: names, what it is called later on, relations and their values, what its documents begin with."""
 
     name: str
     nouns: list[str]
     pronoun: str
     names: list[str]
     relations: dict[str, str]
-    second: str
-    openers: tuple[list[str], list[str]]
-    fillers: tuple[list[str], list[str]]
+    second: Relation
+    openers: Wordings
+    fillers: Wordings
+
+    @classmethod
+    def read(cls, name: str, nouns: str, pronoun: str, names: str, relations: str, second: str, *more: str) -> "Kind":
+        own = {r: values or RELATIONS[r].values for r, values in re.findall(r"(\w+)(?:\[(.+?)\])?", relations)}
+        who = "person" if pronoun == "she" else ""
+        related = Relation.read(second.replace(" ", "_"), who, second, "", f"Name the {second} of {{c}}.")
+        calls = [n for n in nouns.split("|") if n]
+        return cls(name, calls, pronoun, names.split("|"), own, related, *map(Wordings.read, more))
+
+
+def table(name: str) -> list[list[str]]:
+    """The records of a table, one a line, fields between semicolons."""
+    lines = (DATA / "fiction" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [[part.strip() for part in line.split(";")] for line in lines if line and line[0] != "#"]
+
+
+PHRASES = {name: Wordings.read(text) for name, text in table("phrases")}
+RELATIONS = {r.name: r for r in (Relation.read(*record) for record in table("relations"))}
+KINDS = {k.name: k for k in (Kind.read(*record) for record in table("kinds"))}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The world
 
 
 @dataclass
 class Value:
-    """A fact's value: the answer as documents spell it, other spellings, and the entity it is, if it is one."""
+    """A fact's value: the answer as documents spell it, other spellings, the entity it is, if it is one, its size."""
 
     text: str
     variants: list[str] = field(default_factory=list)
     entity: "Entity | None" = None
     size: float = 0.0
+
+    @property
+    def answers(self) -> list[str]:
+        return list(dict.fromkeys([self.text, *self.variants]))
 
 
 @dataclass
@@ -144,59 +146,39 @@ class Entity:
 
 @dataclass
 class World:
-    """What `make_world` makes, in the formats of docs/formats.md and data/README.md."""
+    """Documents by id, questions, contradictions, in the formats of docs/formats.md and data/README.md."""
 
     documents: dict[str, dict]
     queries: list[dict]
     contradictions: list[dict]
 
 
-def _records(name: str) -> list[list[str]]:
-    lines = (DATA / "fiction" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return [[part.strip() for part in line.split(";")] for line in lines if line and not line.startswith("#")]
+def make_world(split: str = "train", n_entities: int = 2000, seed: int = 0) -> World:
+    """`n_entities` invented things of a split with their documents and questions; same arguments, same world.
+
+    Raises UserError on a split other than train, val and test, or on less than one entity.
+    """
+    if split not in SPLITS:
+        raise UserError(f"no split '{split}'; choose train, val or test")
+    if n_entities < 1:
+        raise UserError(f"a world of {n_entities} entities; at least 1")
+    make, order = Maker(split, seed), [*KINDS, *LINKED]
+    for kind in sorted((order[n % len(order)] for n in range(n_entities)), key=[*LINKED, *KINDS].index):
+        make.entities[kind].append(make.entity(KINDS[kind]))
+    entities = [e for group in make.entities.values() for e in group]
+    for e in entities:
+        make.add_documents(e)
+    queries = [row for e in entities for row in make.questions(e) + make.two_hops(e)]
+    return World(make.documents, queries, [row for e in entities for row in make.contradictions(e)])
 
 
-def _wordings(text: str) -> tuple[list[str], list[str]]:
-    seen, _, held = text.partition(" # ")
-    return seen.split(" / "), held.split(" / ") if held else []
-
-
-def _read_relation(name: str, values: str, np: str, says: str, asks: str) -> Relation:
-    np, _, bridge = np.partition(" > ")
-    seen, held = _wordings(asks)
-    who = values.endswith("person")
-    frames = ASK_WHO if who else ASK
-    verb, np, plural = "are" if np[0] == "*" else "is", np.lstrip("*"), np[0] == "*"
-    frames = tuple([q.replace("{np}", np).replace("What is", f"What {verb}") for q in part] for part in frames)
-    told, held_told = _wordings(says)
-    return Relation(
-        name.rstrip("~"), values, np, bridge or f"the {np} of {{c}}", (told + [f"{{C's}} {np} {verb} {{v}}"], held_told),
-        (seen + seen + frames[0], held + held + frames[1]), name[-1] == "~", plural,
-    )  # fmt: skip
-
-
-def _read_kind(name: str, nouns: str, pronoun: str, names: str, relations: str, second: str, *texts: str) -> Kind:
-    found = re.findall(r"(\w+)(?:\[(.+?)\])?", relations)
-    own = {r: values or RELATIONS[r].values for r, values in found}
-    nouns = [n for n in nouns.split("|") if n]
-    return Kind(name, nouns, pronoun, names.split("|"), own, second, _wordings(texts[0]), _wordings(texts[1]))
-
-
-RELATIONS = {r.name: r for r in (_read_relation(*record) for record in _records("relations"))}
-KINDS = {k.name: k for k in (_read_kind(*record) for record in _records("kinds"))}
-LINKED = ("town", "person", "company", "river")  # kinds that other entities refer to: there are more of these
-
-
-SECONDS = {  # "What is the sister ship of the Palune?"
-    k.name: _read_relation(
-        k.second.replace(" ", "_"), "person" if k.name == "person" else "", k.second, "", f"Name the {k.second} of {{c}}."
-    )
-    for k in KINDS.values()
-}
+def documents_of(world: World) -> list[Document]:
+    """The documents as retrieval takes them (build_kb, SimpleRetriever)."""
+    return [Document.from_dict(doc) for doc in world.documents.values()]
 
 
 class Maker:
-    """One world in the making: its random generator, the names that are taken, its entities by kind."""
+    """A world in the making: its random generator, the names that are taken, entities by kind, documents."""
 
     def __init__(self, split: str, seed: int):
         self.split, self.rng = split, random.Random(f"fiction/{split}/{seed}")
@@ -204,291 +186,269 @@ class Maker:
         self.entities: dict[str, list[Entity]] = {kind: [] for kind in KINDS}
         self.documents: dict[str, dict] = {}
 
-    # -- names ---------------------------------------------------------------------------------------------------------
+    # -- names and values
 
     def word(self, style: str) -> str:
         """An invented word of this split: "x" for anything, "s" a surname, "T" a town."""
         while True:
-            start = "".join(self.rng.choice(part) for part in (HEADS, VOWELS, HEARTS))
-            word = start + self.rng.choice(TAILS[style])
+            word = "".join(self.rng.choice(PARTS[p]) for p in ("heads", "vowels", "hearts", f"tails {style}"))
             if crc32(word.encode()) % 10 in SPLITS[self.split]:
                 return word
 
     def fill(self, pattern: str) -> str:
-        """A name of a pattern such as "{x} Foods"; {t} is a town that exists, {p} a person, {n} a number."""
-        towns = self.entities["town"]
-        first = self.rng.choice(self.rng.choice([FEMALE, MALE]))
-        values = {style: self.word(style) for style in TAILS}
-        values |= {"t": self.rng.choice(towns).name if towns else values["T"], "p": f"{first} {values['s']}"}
-        return pattern.format(**values, n=self.rng.randint(2, 90))
+        """A name such as "{x} Foods"; {t} is a town that exists, {p} a person, {n} a number."""
+        rng, towns = self.rng, self.entities["town"]
+        pattern = pattern.replace("{p}", f"{rng.choice(PARTS[rng.choice(['female', 'male'])])} {{s}}")
+        if "{t}" in pattern:
+            pattern = pattern.replace("{t}", rng.choice(towns).name if towns else "{T}")
+        pattern = pattern.replace("{n}", str(rng.randint(2, 90)))
+        return re.sub(r"\{([xsT])\}", lambda m: self.word(m[1]), pattern)
 
     def entity(self, kind: Kind) -> Entity:
         """A new entity without facts."""
         while True:
             shown = self.fill(self.rng.choice(kind.names))
-            name = shown.removeprefix("the ")
-            if slug(name) not in self.taken:
+            if slug(name := shown.removeprefix("the ")) not in self.taken:
                 self.taken.add(slug(name))
-                pronoun = kind.pronoun if kind.pronoun == "it" else "he" if shown.split()[0] in MALE else "she"
-                return Entity(name, shown, kind, pronoun)
-
-    # -- values --------------------------------------------------------------------------------------------------------
+                man = kind.pronoun == "she" and shown.split()[0] in PARTS["male"]
+                return Entity(name, shown, kind, "he" if man else kind.pronoun)
 
     def value(self, values: str) -> Value:
-        """A value of what a table calls "1872-1915", "@town", "red|blue" and so on."""
+        """A value of what a table calls "12-480 m", "@town", "red|blue" and so on."""
         rng, (how, _, rest) = self.rng, values.partition(" ")
+        between = lambda: rng.randint(*map(int, rest.split("-")))
+        surname = lambda name: [name.split()[-1]] if how.endswith("person") else []
         if how[0] == "@":
             others = self.entities[how[1:]]
             if others and (how != "@person" or rng.random() < 0.7):
                 other = rng.choice(others)
-                return Value(other.shown, [other.name, *self.short(other.name, how)], other)
-            new = self.fill(rng.choice(KINDS[how[1:]].names))
-            return Value(new, self.short(new, how))
+                return Value(other.shown, [other.name, *surname(other.name)], other)
+            return Value(new := self.fill(rng.choice(KINDS[how[1:]].names)), [new.removeprefix("the "), *surname(new)])
         if how in ("person", "name"):
-            text = self.fill("{p}" if how == "person" else rng.choice(rest.split("|")))
-            return Value(text, [text.removeprefix("the "), *self.short(text, how)])
+            new = self.fill("{p}" if how == "person" else rng.choice(rest.split("|")))
+            return Value(new, [new.removeprefix("the "), *surname(new)])
         if how == "list":
-            items = rng.sample(rest.split("|"), 3)
-            return Value(f"{items[0]}, {items[1]} and {items[2]}", [f"{items[0]}, {items[1]}, and {items[2]}"])
-        if how == "year":
-            year = rng.randint(*map(int, rest.split("-")))
-            return Value(str(year), [f"in {year}"], size=year)
+            *items, last = rng.sample(rest.split("|"), 3)
+            return Value(f"{', '.join(items)} and {last}", [f"{', '.join(items)}, and {last}"])
+        if how in ("plain", "word"):
+            return Value(str(n := between()) if how == "plain" else WORDS[n := between()], [str(n)], size=n)
         if how == "date":
-            day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(*map(int, rest.split("-")))
-            name, size = MONTHS[month - 1], 372 * year + 31 * month + day
-            spellings = [f"{day} {name} {year}", f"{name} {day}, {year}"]
-            rng.shuffle(spellings)
-            return Value(*spellings[:1], [spellings[1], f"{year}-{month:02}-{day:02}"], size=size)
-        if how == "word":
-            n = rng.randint(*map(int, rest.split("-")))
-            return Value(WORDS[n], [str(n)], size=n)
-        if how == "money":
-            return self.number(rest, rng.choice(["${}", "€{}", "{} crowns", "{} dollars"]))
+            day, month, year = rng.randint(1, 28), rng.randint(1, 12), between()
+            texts = [f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"]
+            rng.shuffle(texts)
+            return Value(texts[0], [texts[1], f"{year}-{month:02}-{day:02}"], size=372 * year + 31 * month + day)
         if how == "phone":
             return Value(f"0{rng.randint(20, 99)} {rng.randint(100, 999)} {rng.randint(10, 99)} {rng.randint(10, 99)}")
         if how == "email":
             return Value(f"{rng.choice(['info', 'desk', 'hello', 'office', 'help'])}@{self.word('x').lower()}.example")
         if how == "code":
-            return Value(f"{rng.choice('ABCDEFGHKLMNPRTVX')}{rng.choice(['', '-', ' '])}{rng.randint(10, 999)}")
+            return Value(f"{rng.choice('ABCDEFGHKLMNPRTVX')}{rng.choice(['', '-'])}{rng.randint(10, 999)}")
         if how == "version":
             return Value(f"{rng.randint(1, 12)}.{rng.randint(0, 19)}")
-        if how[0].isdigit():
-            return self.number(values, "{}")
+        if how == "money" or how[0].isdigit():
+            return self.number(rest if how == "money" else values, how == "money")
         return Value(" ".join(rng.choice(part.split("|")) for part in values.split(" + ")))
 
-    def short(self, name: str, how: str) -> list[str]:
-        """A person may be called by surname."""
-        return [name.split()[-1]] if how.endswith("person") else []
-
-    def number(self, values: str, money: str) -> Value:
-        """A number between two, small ones more often, with its unit or currency in one of their spellings."""
+    def number(self, values: str, money: bool) -> Value:
+        """A number between two, small ones more often, with unit or currency in one of their spellings."""
         span, _, unit = values.partition(" ")
         low, high = map(float, span.split("-"))
         x = low * (high / low) ** self.rng.random()
-        plain = f"{x:.1f}" if "." in span and x < 100 else str(round(x))
-        text = f"{round(x):,}" if "." not in plain else plain
-        long = UNITS.get(unit, unit)
-        if money != "{}":
-            scaled = f"{text} {unit}".strip()
-            named = f"{scaled} dollars" if "$" in money else f"{scaled} euros" if "€" in money else ""
-            return Value(money.format(scaled), [scaled, named] if named else [scaled], size=x)
-        text, *variants = [f"{n} {u}".strip() for u in self.rng.sample([unit, long], 2) for n in (text, plain)] + [text, plain]
-        return Value(text, variants, size=x)
+        text = f"{x:.1f}" if "." in span and x < 100 else f"{x:,.0f}"
+        plain, size = text.replace(",", ""), float(text.replace(",", ""))
+        if money:
+            scaled, pattern = f"{text} {unit}".strip(), self.rng.choice(["${}", "€{}", "{} crowns", "{} dollars"])
+            named = [scaled + {"$": " dollars", "€": " euros"}[pattern[0]]] if pattern[0] in "$€" else []
+            return Value(pattern.format(scaled), [scaled, *named], size=size)
+        units = self.rng.sample([unit, UNITS.get(unit, unit)], 2)
+        spelled = [f"{n} {u}".strip() for u in units for n in (text, plain)]
+        return Value(spelled[0], [*spelled, text, plain], size=size)
 
     def give_facts(self, e: Entity, relations: Sequence[str], told: Sequence[str] = ()) -> None:
-        """A value for each relation, none of which holds another or stands in `told` (what else the document says)."""
+        """A value for each relation; none holds another or stands in `told`, what else the document says."""
         for name in relations:
+            others = [*told, e.name, *(v.text for v in e.facts.values())]
             for _ in range(50):
                 value = self.value(e.kind.relations[name])
-                others = [*told, e.name, *(v.text for v in e.facts.values())]
-                if not any(value.text in o or o in value.text for o in others) and value.entity is not e:
+                if value.entity is not e and not any(value.text in o or o in value.text for o in others):
                     e.facts[name] = value
                     break
 
-    # -- documents -----------------------------------------------------------------------------------------------------
+    # -- documents
 
     def held(self) -> bool:
-        """Whether the next question or document is in held-out wordings."""
+        """Whether what comes next is in held-out wordings."""
         return self.split != "train" and self.rng.random() < HELD_SHARE
 
-    def render(self, form: str, e: Entity, near: bool = False, **values: str) -> str:
-        """A sentence about `e`; `near` if the one before was about nothing else, so that a pronoun is understood."""
-        rng, alone = self.rng, "{o}" not in form
-        name = rng.choice([e.shown, e.shown, *e.kind.nouns]) if alone else e.shown
-        start = rng.choice([name, e.pronoun]) if near and alone else name
-        whose = ITS[e.pronoun] if start == e.pronoun else possessive(start)
-        values |= {"C": capital(start), "C's": capital(whose), "c": name, "p": ITS[e.pronoun]}
-        return capital(form.format(**values, o="" if alone else self.other(e))).rstrip(".") + "."
+    def wording(self, held: bool) -> dict[str, str]:
+        return {} if self.split == "train" else {"wording": "held_out" if held else "seen"}
 
-    def other(self, e: Entity) -> str:
-        """The name of another entity of the kind."""
-        others = self.entities[e.kind.name]
-        found = self.rng.choice(others).shown if others else e.shown
-        return found if found != e.shown else self.fill(e.kind.names[0])
+    def state(self, e: Entity, name: str, held: bool, predicate: bool = False) -> str:
+        """A fact as one of its sentences, still with {c}, or as what follows a subject."""
+        forms = [f for f in RELATIONS[name].says(held) if not (predicate and "{c" in f.lower())]
+        was = {"is": "was", "are": "were"} if e.kind.pronoun == "she" else {"is": "is", "are": "are"}
+        return fill_in(self.rng.choice(forms), v=e.facts[name].text, p=ITS[e.pronoun], **was)
 
-    def state(self, e: Entity, name: str, held: bool, verb_only: bool = False) -> str:
-        """A fact as one of its sentences, still with {c}, or as a verb phrase; "" if it has none."""
-        forms = [f for f in part(RELATIONS[name].says, held) if not (verb_only and "{c" in f.lower())]
-        return self.rng.choice(forms).replace("{v}", e.facts[name].text).replace("{p}", ITS[e.pronoun]) if forms else ""
+    def render(self, form: str, e: Entity, called: Sequence[str] = (), **values: str) -> str:
+        """A sentence about `e` by name, or by one of the things that it may be `called` just here."""
+        rng, others = self.rng, self.entities[e.kind.name]
+        start = rng.choice([e.shown, e.shown, *called]) if "{o}" not in form.lower() else e.shown
+        inner = start if start != e.pronoun else e.shown
+        other = next((o.shown for o in rng.choices(others or [e], k=9) if o is not e), "") or self.fill(e.kind.names[0])
+        whose = possessive(start) if start != e.pronoun else ITS[start]
+        values |= {"C": start, "C's": whose, "c": inner, "O": other, "o": other}
+        return capital(fill_in(form, **values).rstrip(".")) + "."
 
     def tell(self, e: Entity, names: Sequence[str], second: Entity | None, held: bool) -> str:
-        """A document's text: facts in any order, alone or two to a sentence, among sentences that say nothing."""
-        rng, kind, said, near = self.rng, e.kind, [], False
-        shuffled = lambda texts: rng.sample(texts, len(texts))
-        facts = shuffled(list(names))
+        """A document's text: facts in any order, one or two to a sentence, among sentences that tell nothing."""
+        rng, kind, pick = self.rng, e.kind, lambda key: self.rng.choice(PHRASES[key](held))
+        facts = rng.sample(names, len(names))
         listed = [facts.pop() for _ in range(3)] if rng.random() < 0.1 else []
-        asides = shuffled([*part(kind.fillers, held), *rng.sample(part(ASIDES, held), 2)])
-        steps = shuffled(["fact"] * len(facts) + ["aside"] * rng.randint(1, 3) + ["second"] * (second is not None))
+        asides = kind.fillers(held) + rng.sample(PHRASES["aside"](held), 2) + rng.sample(kind.fillers.seen, 2)
+        asides = list(dict.fromkeys(asides))
+        rng.shuffle(asides)
+        steps = ["fact"] * len(facts) + ["aside"] * rng.randint(1, 3) + ["second"] * bool(second)
+        rng.shuffle(steps)
+        said, called = [], []
         if rng.random() < 0.7:
-            said, near = [self.render(rng.choice(part(kind.openers, held)), e)], True
+            said, called = [self.render(rng.choice(kind.openers(held)), e)], [*kind.nouns, e.pronoun, e.pronoun]
         while steps or (asides and sum(len(s.split()) for s in said) < 62):
             step = steps.pop() if steps else "aside"
             if step == "second" and second:
-                text = " and ".join(filter(None, (self.state(second, r, held, verb_only=True) for r in second.facts)))
-                form = rng.choice(part(SECOND, held)).replace("{s}", second.shown).replace("{vp}", text)
-                who = "who" if kind.name == "person" else "which"
-                said.append(self.render(form.replace("{np}", kind.second).replace("{who}", who), e))
+                vp = " and ".join(self.state(second, r, held, predicate=True) for r in second.facts)
+                who = "who" if kind.pronoun == "she" else "which"
+                said.append(self.render(pick("second"), e, np=kind.second.np, s=second.shown, who=who, vp=vp))
+                called = []
             elif step == "aside" and asides:
                 said.append(self.render(asides.pop(), e))
-            elif step == "fact" and facts:
-                text = self.state(e, name := facts.pop(), held)
-                if "{c" not in text.lower():
-                    more = facts and " and " not in text and rng.random() < 0.35
-                    more = more and self.state(e, facts[-1], held, verb_only=True)
-                    if more and " and " not in more:
-                        text, _ = f"{text} and {more}", facts.pop()
-                    text = rng.choice(part(SAY, held)).replace("{vp}", text)
-                said.append(self.render(text, e, near))
-            near = step == "fact" and "{o}" not in text
+                called = kind.nouns
+            elif facts:
+                form = self.state(e, facts.pop(), held)
+                if "{c" not in form.lower():
+                    more = self.state(e, facts[-1], held, predicate=True) if facts and rng.random() < 0.35 else " and "
+                    if " and " not in form + more:
+                        form, _ = f"{form} and {more}", facts.pop()
+                    form = fill_in(pick("say"), vp=form)
+                said.append(self.render(form, e, called))
+                called = [*kind.nouns, e.pronoun, e.pronoun] if "{o}" not in form.lower() else kind.nouns
         if listed:
             points = "; ".join(f"{RELATIONS[r].np} {e.facts[r].text}" for r in listed)
-            said.append(f"{'At a glance' if held else 'In brief'}: {points}.")
+            said.append(fill_in(pick("brief"), points=points))
         return " ".join(said)
 
     def add_documents(self, e: Entity) -> None:
         """Facts for `e`, all but some of its kind's, and the one or two documents that tell them."""
         rng, kind = self.rng, e.kind
-        own = rng.sample(list(kind.relations), len(kind.relations) - rng.randint(1, 2))
+        self.give_facts(e, rng.sample(list(kind.relations), len(kind.relations) - rng.randint(1, 2)))
+        names = list(e.facts)
         if rng.random() < 0.75:
-            own = own[: rng.randint(6, min(len(own), 9))]
-            parts = [own]
-        else:  # two documents, some facts in both
-            parts = [own[: max(6, len(own) // 2)], own[min(len(own) - 6, len(own) // 2) :]]
-        self.give_facts(e, own)
+            parts = [names[: rng.randint(6, 9)]]
+            e.facts = {r: e.facts[r] for r in parts[0]}
+        else:  # some facts stand in both
+            parts = [names[:6], names[-6:]]
         if rng.random() < 0.6:
             e.second = self.entity(kind)
             self.give_facts(e.second, rng.sample(list(kind.relations), 2), [v.text for v in e.facts.values()])
-        titles = rng.sample(TITLES[1:], len(parts))
-        for n, (names, title) in enumerate(zip(parts, titles), 1):
+        for n, told, title in zip(count(1), parts, rng.sample(PHRASES["title"].seen[:-1], 2)):
             held, second = self.held(), e.second if n == 1 else None
-            text = self.tell(e, [r for r in names if r in e.facts], second, held)
-            doc = {"id": f"{slug(e.name)}-{n}", "title": title.format(n=e.name, k=kind.name), "content": text,
-                   "source": "fiction", "entity": e.name, "country": e.name, "section": kind.name,
-                   "split": self.split}  # fmt: skip
-            self.documents[doc["id"]] = doc | self.wording(held)
-            for told, whose in ((names, e), (list(second.facts) if second else [], second)):
-                for r in told:
-                    if whose and r in whose.facts:
-                        whose.docs.setdefault(r, []).append(doc["id"])
+            doc = {"id": f"{slug(e.name)}-{n}", "title": fill_in(title, n=e.name, k=kind.name)}
+            doc |= {"content": self.tell(e, told, second, held), "source": "fiction", "entity": e.name}
+            doc |= {"country": e.name, "section": kind.name, "split": self.split} | self.wording(held)
+            self.documents[doc["id"]] = doc
+            for r in told:
+                e.docs.setdefault(r, []).append(doc["id"])
+            if second:
+                second.docs = {r: [doc["id"]] for r in second.facts}
 
-    def wording(self, held: bool) -> dict[str, str]:
-        return {} if self.split == "train" else {"wording": "held_out" if held else "seen"}
+    # -- questions
 
-    # -- questions -----------------------------------------------------------------------------------------------------
-
-    def ask(self, qid: str, relation: Relation, c: str, answer: Value | None, docs: list[str], **more) -> dict:
-        """A question about what is called `c`; without an answer the right one is to abstain."""
+    def ask(self, id: str, relation: Relation, c: str, answer: Value | None, docs: Sequence[str] = (), **more) -> dict:
+        """A question row about what is called `c`; without an answer the right one is to abstain."""
         rng, held = self.rng, self.held()
-        plain = lambda asks: [q for q in asks if "bridge" not in more or "{c}'s" not in q]
-        fill = lambda q: capital(q.replace("{c}'s", possessive(c)).replace("{c}", c))
-        asks = plain(relation.asks[0])
-        picks = list(dict.fromkeys(map(fill, rng.sample(asks, len(asks)))))
-        if held:
-            picks.insert(0, fill(rng.choice(plain(relation.asks[1]))))
-        row = {"id": qid, "query": picks[0], "paraphrases": picks[1 : 3 if self.split == "train" else 2]}
-        row |= self.wording(held)
-        text = answer.text if answer else ABSTENTION
-        row |= {"answer": text, "answers": list(dict.fromkeys([text, *(answer.variants if answer else [])]))}
-        row |= {"positive_ids": docs, "hops": 1, "type": "single" if answer else "unanswerable"} | more
-        return row | {"relation": relation.name}
+        usable = lambda asks: [q for q in asks if "bridge" not in more or "{c}'s" not in q]
+        ask = lambda q: capital(q.replace("{c}'s", possessive(c)).replace("{c}", c))
+        seen = usable(relation.asks.seen)
+        picks = list(dict.fromkeys(map(ask, rng.sample(seen, len(seen)))))
+        if held and relation.asks.held:
+            picks.insert(0, ask(rng.choice(usable(relation.asks.held))))
+        row = {"id": id, "query": picks[0], "paraphrases": picks[1 : 3 if self.split == "train" else 2]}
+        row |= self.wording(held and bool(relation.asks.held))
+        row |= {"answer": answer.text, "answers": answer.answers} if answer else {"answer": ABSTENTION, "answers": [ABSTENTION]}
+        row |= {"positive_ids": list(docs), "hops": 1, "type": "single" if answer else "unanswerable"}
+        return row | more | {"relation": relation.name}
 
     def questions(self, e: Entity) -> list[dict]:
-        """Every fact of the entity and of the second thing in its document, and what nothing tells about them."""
-        rng, rows = self.rng, []
-        for x in filter(None, (e, e.second)):
-            for name, docs in x.docs.items():
-                rows.append(self.ask(f"{slug(x.name)}-{name}", RELATIONS[name], x.shown, x.facts[name], docs, country=x.name))
-            missing = [r for r in e.kind.relations if r not in x.facts]
-            for name in rng.sample(missing, 1) if x is e or rng.random() < 0.5 else []:
-                more = {"reason": "missing_field", "country": x.name}
-                rows.append(self.ask(f"{slug(x.name)}-no-{name}", RELATIONS[name], x.shown, None, [], **more))
+        """All that is told about an entity and the second thing in its document, and some of what isn't."""
+        rng, kind, rows = self.rng, e.kind, []
+        for x in (e, e.second) if e.second else (e,):
+            about = {"country": x.name}
+            for r, docs in x.docs.items():
+                rows.append(self.ask(f"{slug(x.name)}-{r}", RELATIONS[r], x.shown, x.facts[r], docs, **about))
+            if x is e or rng.random() < 0.5:
+                r = rng.choice([r for r in kind.relations if r not in x.facts])
+                about["reason"] = "missing_field"
+                rows.append(self.ask(f"{slug(x.name)}-no-{r}", RELATIONS[r], x.shown, None, **about))
         if e.second:
-            relation, found = SECONDS[e.kind.name], Value(e.second.shown, [e.second.name])
-            docs = next(iter(e.second.docs.values()))
-            rows.append(self.ask(f"{slug(e.name)}-{relation.name}", relation, e.shown, found, docs[:1], country=e.name))
+            answer, docs = Value(e.second.shown, [e.second.name]), next(iter(e.second.docs.values()))
+            rows.append(self.ask(f"{slug(e.name)}-second", kind.second, e.shown, answer, docs, country=e.name))
         if rng.random() < 0.3:
-            name, nobody = rng.choice(list(e.kind.relations)), self.entity(e.kind)
-            more = {"reason": "invented_entity", "country": nobody.name}
-            rows.append(self.ask(f"{slug(nobody.name)}-{name}", RELATIONS[name], nobody.shown, None, [], **more))
+            nobody, r = self.entity(kind), rng.choice(list(kind.relations))
+            about = {"country": nobody.name, "reason": "invented_entity"}
+            rows.append(self.ask(f"{slug(nobody.name)}-{r}", RELATIONS[r], nobody.shown, None, **about))
         return rows
 
     def two_hops(self, e: Entity) -> list[dict]:
-        """Questions about an entity that another's document names, and a comparison."""
-        rng, rows, two = self.rng, [], {"hops": 2, "type": "two_hop"}
-        for link, value in e.facts.items():
-            other = value.entity
-            if not other or not other.docs:
-                continue
-            name = rng.choice(list(other.docs))
-            called, answer = RELATIONS[link].bridge.format(c=e.shown), other.facts[name]
-            docs = [e.docs[link][0], other.docs[name][0]]
+        """Questions about the entities that its documents name as facts, and a comparison with another."""
+        rng, rows, two = self.rng, [], {"hops": 2, "type": "two_hop", "country": e.name}
+        for link, other in [(r, v.entity) for r, v in e.facts.items() if v.entity]:
+            r = rng.choice(list(other.docs))
+            called, answer = RELATIONS[link].bridge.replace("{c}", e.shown), other.facts[r]
             if answer.text not in called and e.name not in answer.text:
-                more = two | {"bridge_relation": link, "bridge": other.name, "country": e.name}
-                rows.append(self.ask(f"{slug(e.name)}-{link}-{name}", RELATIONS[name], called, answer, docs, **more))
+                more = two | {"bridge_relation": link, "bridge": other.name}
+                docs = [e.docs[link][0], other.docs[r][0]]
+                rows.append(self.ask(f"{slug(e.name)}-{link}-{r}", RELATIONS[r], called, answer, docs, **more))
         other = rng.choice(self.entities[e.kind.name])
-        for name in [r for r in COMPARE if r in e.docs and r in other.docs and other is not e][:1]:
-            *asks, larger = COMPARE[name]
-            pair = rng.sample([e, other], 2)
-            x, y = (z.facts[name].size for z in pair)
-            if abs(x - y) < (0.1 * max(x, y) if larger else 1):
-                continue
-            best = pair[0] if (x > y) == larger else pair[1]
-            relation = replace(RELATIONS[name], asks=([q.format(a=pair[0].shown, b=pair[1].shown) for q in asks],) * 2)
-            more = two | {"bridge_relation": "compare", "bridge": other.name, "country": e.name}
-            docs, found = [e.docs[name][0], other.docs[name][0]], Value(best.shown, [best.name])
-            rows.append(self.ask(f"{slug(e.name)}-or-{slug(other.name)}-{name}", relation, "", found, docs, **more))
+        both = [r for r in e.docs if RELATIONS[r].compare and r in other.docs and e.facts[r].size != other.facts[r].size]
+        if other is not e and both:
+            r, (a, b) = rng.choice(both), rng.sample([e, other], 2)
+            wins, asks = RELATIONS[r].compare[0], RELATIONS[r].compare[2:]
+            best = a if (a.facts[r].size > b.facts[r].size) == (wins == ">") else b
+            relation = replace(RELATIONS[r], asks=Wordings.read(fill_in(asks, a=a.shown, b=b.shown)))
+            more = two | {"bridge_relation": "compare", "bridge": other.name}
+            docs, found = [e.docs[r][0], other.docs[r][0]], Value(best.shown, [best.name])
+            rows.append(self.ask(f"{slug(e.name)}-or-{slug(other.name)}-{r}", relation, "", found, docs, **more))
         return rows
 
     def contradictions(self, e: Entity) -> list[dict]:
-        """A fact that an older passage tells otherwise, with and without the years of the passages."""
-        rng = self.rng
-        names = [r for r in e.docs if RELATIONS[r].changes]
-        if len(e.docs) < 2 or not names:
+        """A fact that an older passage tells otherwise; passages with and without their years."""
+        rng, changing = self.rng, [r for r in e.docs if RELATIONS[r].changes]
+        if not changing:
             return []
-        name = rng.choice(names)
-        old = replace(e, facts=dict(e.facts), docs={})
-        del old.facts[name]
-        self.give_facts(old, [name])
-        if name not in old.facts or old.facts[name].text == e.facts[name].text:
+        name = rng.choice(changing)
+        relation, old = RELATIONS[name], replace(e, facts={r: v for r, v in e.facts.items() if r != name})
+        self.give_facts(old, [name], [e.facts[name].text])
+        if name not in old.facts:
             return []
-        relation, beside, prefix = RELATIONS[name], rng.choice([r for r in e.docs if r != name]), rng.choice(DATED)
-        form = rng.choice([f for f in relation.says[0] if "{c" not in f.lower()])
-        company = self.render("{C} {vp}.", e, vp=self.state(e, beside, False, verb_only=True))
-        sides = []
-        for x, date in ((old, rng.randint(2005, 2014)), (e, rng.randint(2016, 2025))):
-            fact = form.replace("{v}", x.facts[name].text).replace("{p}", ITS[e.pronoun])
-            passage = f"{company} {capital(e.shown)} {fact}."
-            value = x.facts[name]
-            sides.append({"answer": value.text, "answers": list(dict.fromkeys([value.text, *value.variants])),
-                          "date": str(date), "title": e.name, "passage": f"{prefix.format(date)} {passage}",
-                          "passage_undated": passage})  # fmt: skip
-        query = self.ask("", relation, e.shown, None, [])["query"]
-        row = {"id": f"{slug(e.name)}-{name}-contradiction", "query": query, "country": e.name, "split": self.split}
-        return [row | {"relation": name, "old": sides[0], "new": sides[1] | {"doc_ids": e.docs[name]}}]
+        beside = self.state(e, rng.choice([r for r in e.docs if r != name]), False, predicate=True)
+        form = rng.choice([f for f in relation.says.seen if "{c" not in f.lower()])
+        dated, sides = rng.choice(PHRASES["dated"].seen), []
+        for x, date in ((old, str(rng.randint(2005, 2014))), (e, str(rng.randint(2016, 2025)))):
+            fact = fill_in(form, v=x.facts[name].text, p=ITS[e.pronoun])
+            passage = f"{capital(e.shown)} {beside}. {capital(e.shown)} {fact}."
+            side = {"answer": x.facts[name].text, "answers": x.facts[name].answers, "date": date, "title": e.name}
+            side |= {"passage": f"{fill_in(dated, d=date)} {passage}", "passage_undated": passage}
+            sides.append(side)
+        row = {"id": f"{slug(e.name)}-{name}-contradiction", "query": self.ask("", relation, e.shown, None)["query"]}
+        row |= {"country": e.name, "split": self.split, "relation": name}
+        return [row | {"old": sides[0], "new": sides[1] | {"doc_ids": e.docs[name]}}]
 
 
-def part(texts: tuple[list[str], list[str]], held: bool) -> list[str]:
-    return texts[1] if held else texts[0]
+PARTS = {name: wordings.seen[0].split() for name, wordings in PHRASES.items() if name in PHRASES}
+
+
+def fill_in(form: str, **values: str) -> str:
+    """`form` with these places filled; any others stay."""
+    return re.sub(r"\{([^{}]+)\}", lambda m: values.get(m[1], m[0]), form)
 
 
 def capital(text: str) -> str:
@@ -501,33 +461,6 @@ def slug(text: str) -> str:
 
 def possessive(text: str) -> str:
     return text + ("'" if text.endswith("s") else "'s")
-
-
-def make_world(split: str = "train", n_entities: int = 2000, seed: int = 0) -> World:
-    """`n_entities` invented things of a split with their documents and questions; the same for the same arguments.
-
-    Raises UserError on a split other than train, val and test, or on less than one entity.
-    """
-    if split not in SPLITS:
-        raise UserError(f"no split {split!r}; choose train, val or test")
-    if n_entities < 1:
-        raise UserError(f"a world of {n_entities} entities; at least 1")
-    make = Maker(split, seed)
-    kinds = [*LINKED, *KINDS]
-    for kind in LINKED + tuple(k for k in KINDS if k not in LINKED):  # towns first: others have their names
-        for _ in range(kinds.count(kind) * n_entities // len(kinds) + (kinds.index(kind) < n_entities % len(kinds))):
-            make.entities[kind].append(make.entity(KINDS[kind]))
-    entities = [e for group in make.entities.values() for e in group]
-    for e in entities:
-        make.add_documents(e)
-    queries = [row for e in entities for row in make.questions(e) + make.two_hops(e)]
-    contradictions = [row for e in entities for row in make.contradictions(e)]
-    return World(make.documents, queries, contradictions)
-
-
-def documents_of(world: World) -> list[Document]:
-    """The documents as retrieval takes them (build_kb, SimpleRetriever)."""
-    return [Document.from_dict(doc) for doc in world.documents.values()]
 
 
 @dataclass
