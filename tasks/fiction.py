@@ -75,15 +75,17 @@ class Relation:
         are, np = ("are", np[1:]) if np[0] == "*" else ("is", np)
         own, told = Wordings.read(asks), Wordings.read(says)
         frames = PHRASES["who" if values.endswith("person") else "ask"]
-        filled = [[q.replace("{np}", np).replace("What is", f"What {are}") for q in qs] for qs in (frames.seen, frames.held)]
+        filled = [
+            [q.replace("{np}", np).replace("What is", f"What {are}") for q in qs] for qs in (frames.seen, frames.held)
+        ]
         told.seen = told.seen * 2 + [f"{{C's}} {np} {{{are}}} {{v}}"]
-        asks = Wordings(own.seen * 2 + filled[0], own.held * 2 + filled[1])
+        asks = Wordings(own.seen * 3 + filled[0], own.held * 3 + filled[1])
         return cls(name.rstrip("~"), values, np, told, asks, bridge or f"the {np} of {{c}}", name[-1] == "~", compare)
 
 
 @dataclass
 class Kind:
-    """A kind of entity: names, what it is called later on, relations and their values, what its documents begin with."""
+    """A kind of entity: its names, what it is called later on, relations and their values, sentences without facts."""
 
     name: str
     nouns: list[str]
@@ -192,7 +194,7 @@ class Maker:
         """An invented word of this split: "x" for anything, "s" a surname, "T" a town."""
         while True:
             word = "".join(self.rng.choice(PARTS[p]) for p in ("heads", "vowels", "hearts", f"tails {style}"))
-            if crc32(word.encode()) % 10 in SPLITS[self.split]:
+            if crc32(word.encode()) % 10 in SPLITS[self.split] and word not in PARTS["real"]:
                 return word
 
     def fill(self, pattern: str) -> str:
@@ -220,7 +222,7 @@ class Maker:
         surname = lambda name: [name.split()[-1]] if how.endswith("person") else []
         if how[0] == "@":
             others = self.entities[how[1:]]
-            if others and (how != "@person" or rng.random() < 0.7):
+            if others and rng.random() < 0.8:
                 other = rng.choice(others)
                 return Value(other.shown, [other.name, *surname(other.name)], other)
             return Value(new := self.fill(rng.choice(KINDS[how[1:]].names)), [new.removeprefix("the "), *surname(new)])
@@ -294,7 +296,9 @@ class Maker:
         rng, others = self.rng, self.entities[e.kind.name]
         start = rng.choice([e.shown, e.shown, *called]) if "{o}" not in form.lower() else e.shown
         inner = start if start != e.pronoun else e.shown
-        other = next((o.shown for o in rng.choices(others or [e], k=9) if o is not e), "") or self.fill(e.kind.names[0])
+        other = ""
+        if start == e.shown and "{o}" in form.lower():
+            other = next((o.shown for o in rng.choices(others, k=9) if o is not e), "") or self.fill(e.kind.names[0])
         whose = possessive(start) if start != e.pronoun else ITS[start]
         values |= {"C": start, "C's": whose, "c": inner, "O": other, "o": other}
         return capital(fill_in(form, **values).rstrip(".")) + "."
@@ -319,7 +323,7 @@ class Maker:
                 who = "who" if kind.pronoun == "she" else "which"
                 said.append(self.render(pick("second"), e, np=kind.second.np, s=second.shown, who=who, vp=vp))
                 called = []
-            elif step == "aside" and asides:
+            elif step == "aside" and asides and sum(map(len, said)) < 620:
                 said.append(self.render(asides.pop(), e))
                 called = kind.nouns
             elif facts:
@@ -365,15 +369,18 @@ class Maker:
     def ask(self, id: str, relation: Relation, c: str, answer: Value | None, docs: Sequence[str] = (), **more) -> dict:
         """A question row about what is called `c`; without an answer the right one is to abstain."""
         rng, held = self.rng, self.held()
-        usable = lambda asks: [q for q in asks if "bridge" not in more or "{c}'s" not in q]
-        ask = lambda q: capital(q.replace("{c}'s", possessive(c)).replace("{c}", c))
-        seen = usable(relation.asks.seen)
-        picks = list(dict.fromkeys(map(ask, rng.sample(seen, len(seen)))))
-        if held and relation.asks.held:
-            picks.insert(0, ask(rng.choice(usable(relation.asks.held))))
+        seen, kept = relation.asks.seen, relation.asks.held if held else []
+        if "bridge" in more:  # "the founder of the Palune's birthplace" would be read otherwise
+            seen, kept = ([q for q in asks if "{c}'s" not in q] for asks in (seen, kept))
+        order = [*rng.sample(kept, bool(kept)), *dict.fromkeys(rng.sample(seen, len(seen)))][:4]
+        picks = [capital(q.replace("{c}'s", possessive(c)).replace("{c}", c)) for q in order]
         row = {"id": id, "query": picks[0], "paraphrases": picks[1 : 3 if self.split == "train" else 2]}
-        row |= self.wording(held and bool(relation.asks.held))
-        row |= {"answer": answer.text, "answers": answer.answers} if answer else {"answer": ABSTENTION, "answers": [ABSTENTION]}
+        row |= self.wording(bool(kept))
+        row |= (
+            {"answer": answer.text, "answers": answer.answers}
+            if answer
+            else {"answer": ABSTENTION, "answers": [ABSTENTION]}
+        )
         row |= {"positive_ids": list(docs), "hops": 1, "type": "single" if answer else "unanswerable"}
         return row | more | {"relation": relation.name}
 
@@ -408,7 +415,9 @@ class Maker:
                 docs = [e.docs[link][0], other.docs[r][0]]
                 rows.append(self.ask(f"{slug(e.name)}-{link}-{r}", RELATIONS[r], called, answer, docs, **more))
         other = rng.choice(self.entities[e.kind.name])
-        both = [r for r in e.docs if RELATIONS[r].compare and r in other.docs and e.facts[r].size != other.facts[r].size]
+        both = [
+            r for r in e.docs if RELATIONS[r].compare and r in other.docs and e.facts[r].size != other.facts[r].size
+        ]
         if other is not e and both:
             r, (a, b) = rng.choice(both), rng.sample([e, other], 2)
             wins, asks = RELATIONS[r].compare[0], RELATIONS[r].compare[2:]
@@ -443,7 +452,7 @@ class Maker:
         return [row | {"old": sides[0], "new": sides[1] | {"doc_ids": e.docs[name]}}]
 
 
-PARTS = {name: wordings.seen[0].split() for name, wordings in PHRASES.items() if name in PHRASES}
+PARTS = {name: wordings.seen[0].split() for name, wordings in PHRASES.items()}  # what names are made of
 
 
 def fill_in(form: str, **values: str) -> str:
