@@ -138,7 +138,7 @@ class Maker(Names):
                 form = self.state(e, facts.pop(), held)
                 if "{c" not in form.lower():
                     more = self.state(e, facts[-1], held, predicate=True) if facts and rng.random() < 0.35 else " and "
-                    if " and " not in form + more:
+                    if " and " not in form + more and form.split()[:2] != more.split()[:2]:
                         form, _ = f"{form} and {more}", facts.pop()
                     form = fill_in(pick("say") if sum(map(len, said)) < 700 else "{C} {vp}.", vp=form)
                 said.append(self.render(form, e, called))
