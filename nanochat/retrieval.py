@@ -169,7 +169,7 @@ class RetrievalManager:
         if self.cache is None or not all(isinstance(query, str) for query in queries):
             return retriever.retrieve_batch(queries, top_k, **options)
         asked = [retriever.kb.digest, self.retriever_type, self.fusion, self.alpha, top_k, options]
-        asked = json.dumps(asked, sort_keys=True, default=sorted).encode()
+        asked = json.dumps(asked, sort_keys=True, default=str).encode()
         keys = [hashlib.sha256(asked + query.encode("utf-8", "surrogatepass")).hexdigest() for query in queries]
         known = {key: json.loads(value) for key, value in self.cache.get_many(keys).items()}
         missing = {key: query for key, query in zip(keys, queries) if key not in known}
