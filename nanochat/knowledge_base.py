@@ -397,10 +397,8 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
         for left in path.glob("segments/*"):
             if left.name not in info["segments"] and re.fullmatch(r"\d{6}|\.\d{6}\..*", left.name):
                 shutil.rmtree(left)
-        check_files(path, info, "simple")
-        everything = Documents(_folders(path, info))
-        keep = np.ones(len(everything), dtype=bool)
-        keep[info["removed"]] = False
+        kb = open_kb(path)
+        everything, keep = kb.everything, kb.keep
         known = everything.find([doc.id for doc in new] or ids, keep)
         if new and known and not replace:
             raise UserError(f"the id {next(iter(known))!r} is already in {path}; update replaces documents")
@@ -412,10 +410,11 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
         if not keep.any() and not new:
             raise UserError(f"nothing would be left of {path}; delete the folder instead")
         base, n, vectors = int(everything.starts[1]), len(everything), None
-        old = [_load_array(f / "embeddings.npy") for f in _folders(path, info)] if "encoder" in info else []
+        old = kb.vectors() if "encoder" in info else []
         if new and old:
             vectors = _embed(new, get_kb_encoder(info, path))
         if n - base + len(new) + int((~keep).sum()) > max(COMPACT, base // 10) and not _foreign(path):
+            check_files(path, info, whole=True)  # what is damaged must not get a new checksum
             if old:
                 vectors = np.concatenate([np.concatenate(old)[keep], *([vectors] if new else [])])
                 info["index"] = {"asked": info["index"]["asked"]}
@@ -424,6 +423,7 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
         if new:
             name = f"{int(max(info['segments'], default='0')) + 1:06d}"
             if len(info["segments"]) >= MAX_SEGMENTS:
+                check_files(path, info)
                 new, gone = everything[base:] + new, info["segments"]
                 vectors = np.concatenate([*old[1:], vectors]) if old else None
             with atomic_dir(path / "segments" / name) as folder:

@@ -53,6 +53,7 @@ from nanochat.knowledge_base import (
 )
 from nanochat.rag_utils import document_text, judge_retrieval, mean_with_intervals, ndcg_at_k
 from nanochat.retrievers import (
+    INDEXES,
     MAX_QUERY_CHARS,
     BM25Retriever,
     DenseRetriever,
@@ -120,7 +121,10 @@ def _saved_dense(kb: KnowledgeBase, documents: Documents, encoder, vectors, keep
     index = faiss.read_index(str(kb.path / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
     if index.ntotal != len(vectors[0]) or index.d != vectors[0].shape[1]:
         raise ValueError("index.faiss is that of another knowledge base")
-    return DenseRetriever(documents, encoder, vectors, index, kb.info["index"], keep)
+    described = kb.info["index"]
+    if described["kind"] not in INDEXES or not isinstance(described["effort"], int):
+        raise ValueError("kb.json doesn't say what index.faiss is")
+    return DenseRetriever(documents, encoder, vectors, index, described, keep)
 
 
 class RetrievalManager:
@@ -169,7 +173,7 @@ class RetrievalManager:
         if self.cache is None or not all(isinstance(query, str) for query in queries):
             return retriever.retrieve_batch(queries, top_k, **options)
         asked = [retriever.kb.digest, self.retriever_type, self.fusion, self.alpha, top_k, options]
-        asked = json.dumps(asked, sort_keys=True, default=sorted).encode()
+        asked = json.dumps(asked, sort_keys=True, default=str).encode()
         keys = [hashlib.sha256(asked + query.encode("utf-8", "surrogatepass")).hexdigest() for query in queries]
         known = {key: json.loads(value) for key, value in self.cache.get_many(keys).items()}
         missing = {key: query for key, query in zip(keys, queries) if key not in known}

@@ -68,8 +68,11 @@ def dense_index(vectors: np.ndarray, kind: str = "auto", seed: int = 0) -> tuple
     n, dims = vectors.shape
     if kind == "auto":
         kind = "flat" if n < 50_000 else "hnsw" if n <= 2_000_000 else "ivfpq"
+    if kind.startswith("ivf") and n < 1000:  # too few to learn clusters from
+        kind = "flat"
     lists = max(1, min(int(4 * n**0.5), n // 39))
-    spec = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{dims // 4}np"}
+    parts = next(m for m in range(max(1, dims // 4), 0, -1) if dims % m == 0)  # of a vector, a byte each
+    spec = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{parts}np"}
     index = faiss.index_factory(dims, spec[kind], faiss.METRIC_INNER_PRODUCT)
     if kind == "hnsw":
         index.hnsw.efConstruction = 128
@@ -198,7 +201,8 @@ class Retriever:
             if not isinstance(query, str):
                 raise UserError(f"a query must be text, not a {type(query).__name__}")
         for name, value, low, high in (("min_score", min_score, -math.inf, math.inf), ("mmr", mmr, 0, 1)):
-            if value is not None and (isinstance(value, bool) or not low <= float(value) <= high):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and low <= value <= high):
                 raise UserError(f"{name} must be a number{' from 0 to 1' if name == 'mmr' else ''}, not {value!r}")
         queries = [valid_unicode(query[:MAX_QUERY_CHARS]) for query in queries]
         mask, depth = self._mask(filters), top_k if mmr is None and not rerank else max(POOL, top_k)
@@ -220,6 +224,8 @@ class Retriever:
         """(n,) bool: the documents that pass; None if all do. The last few are remembered."""
         if not filters:
             return self.keep
+        if not isinstance(filters, dict):
+            raise UserError(f"filters must be a dict of field -> value or values, not {filters!r}")
         wanted = {}
         for name, values in filters.items():
             values = values if isinstance(values, (list, tuple, set)) else [values]

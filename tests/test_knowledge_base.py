@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -312,6 +313,7 @@ def two(tmp_path_factory):
         for name, text in (("one", "some words"), ("other", "more words")):
             build_kb(docs("a", "b", text=text), folder / name)
             add_documents(folder / name, docs("c", text=text))
+        build_kb(docs("a", "b"), folder / "unchanged")
     return folder
 
 
@@ -332,11 +334,11 @@ def test_damage_is_one_clear_error(tmp_path, two, file, harm):
         RetrievalManager("hybrid", tmp_path / "kb")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_a_kb_json_that_was_tampered_with_gives_a_user_error_or_works(tmp_path_factory, two, data):
     path = tmp_path_factory.mktemp("tampered") / "kb"
-    shutil.copytree(two / "one", path)
+    shutil.copytree(two / data.draw(st.sampled_from(["one", "unchanged"])), path)
     info = json.loads((path / "kb.json").read_text())
     key = data.draw(st.sampled_from([k for k in info if k != "built_from"]))
     junk = st.one_of(
@@ -347,11 +349,19 @@ def test_a_kb_json_that_was_tampered_with_gives_a_user_error_or_works(tmp_path_f
     )
     info[key] = data.draw(st.one_of(junk, st.dictionaries(st.text(max_size=3), junk, max_size=2)))
     (path / "kb.json").write_text(json.dumps(info))
-    try:
-        assert len(RetrievalManager("", path).retrieve("some words", 3)) <= 3
-        add_documents(path, docs("new"))
-    except UserError:
-        pass
+    for use in (lambda: RetrievalManager("", path).retrieve("some words", 3), lambda: add_documents(path, docs("new"))):
+        with suppress(UserError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(retrieval, "REINDEX", data.draw(st.sampled_from([0, 20_000])))
+            use()
+
+
+@pytest.mark.parametrize("limit", ["COMPACT", "MAX_SEGMENTS"])
+def test_damaged_vectors_are_not_taken_into_a_new_file(tmp_path, two, monkeypatch, limit):
+    monkeypatch.setattr(knowledge_base, limit, 1)
+    shutil.copytree(two / "one", tmp_path / "kb")
+    shutil.copy(two / "other" / "segments" / "000001" / "embeddings.npy", tmp_path / "kb" / "segments" / "000001")
+    with pytest.raises(UserError, match="missing or was changed"):
+        add_documents(tmp_path / "kb", docs("d"))
 
 
 def test_large_files_are_only_measured_until_asked_to_verify(tmp_path, monkeypatch):

@@ -275,6 +275,9 @@ def test_filters_give_what_sifting_all_results_gives(many, name):
             want = [doc for doc in retriever.retrieve("w3 w50 w200 title7", n) if passes(doc)][:8]
             assert [doc.id for doc in found] == [doc.id for doc in want]
             assert np.allclose([doc.score for doc in found], [doc.score for doc in want], atol=1e-5)
+    for bad in ({"mmr": True}, {"mmr": 1.1}, {"min_score": "high"}, {"filters": "third=1"}):
+        with pytest.raises(UserError):
+            retriever.retrieve("w3", 5, **bad)
     for nothing in ({"third": 5}, {"nowhere": "x"}, {"title": []}, {"title": "\ud800"}):
         assert retriever.retrieve("w3 w50", 5, filters=nothing) == []
     with pytest.raises(UserError, match="values must be text"):
@@ -575,6 +578,39 @@ def test_both_spellings_build_the_same_knowledge_base(tmp_path, capsys):
     assert infos[0] == infos[1]
     retrieval.cli(["query", "--knowledge-base", str(tmp_path / "kb0"), "--query", "Peru", "--retriever_type", "bm25"])
     assert "[1] Peru - " in capsys.readouterr().out
+
+
+def test_documents_come_and_go_by_command(tmp_path, capsys):
+    kb, folder = str(tmp_path / "kb"), tmp_path / "docs"
+    folder.mkdir()
+    (folder / "pumps.md").write_text("# Pumps\n\nThe red pump moves 12 litres.\n\n## Care\n\nOil it each week.\n")
+    (folder / "ovens.html").write_text("<title>Ovens</title><p>The blue oven reaches 900 degrees.</p>")
+    more = _write(
+        tmp_path / "more.jsonl", [Document("chad", "Chad", "The river is the Chari.", metadata={"year": 2020})]
+    )
+    cli(["prepare_kb", "--documents", str(folder), "--output", kb, "--type", "bm25", "--chunk_tokens", "40"])
+    cli(["add", "--knowledge_base", kb, "--documents", more])
+    with pytest.raises(SystemExit):
+        cli(["add", "--knowledge_base", kb, "--documents", more])
+    cli(["add", "--knowledge_base", kb, "--documents", more, "--update", "true"])
+    cli(["stats", "--knowledge_base", kb, "--verify", "true"])
+    out = capsys.readouterr().out
+    assert "2 files, 3 passages" in out and '"chunk_tokens": 40' in out and "files are unchanged" in out
+    for query, filters, first in [
+        ("hot oven", "", "Ovens"),
+        ("the", "year=2020,source=", "Chad"),
+        ("the", "year=2020,year=1", "Chad"),
+    ]:
+        cli(["query", "--knowledge_base", kb, "--query", query, "--filters", filters, "--top_k", "1"])
+        assert f"[1] {first}" in capsys.readouterr().out
+    cli(["remove", "--knowledge_base", kb, "--ids", "chad"])
+    cli(["query", "--knowledge_base", kb, "--query", "Chari"])
+    assert "no document" in capsys.readouterr().out
+    ask = ["query", "--knowledge_base", kb, "--query", "x"]
+    for bad in ([*ask, "--filters", "year"], [*ask, "--mmr", "2"], ["remove", "--knowledge_base", kb, "--ids", "chad"]):
+        with pytest.raises(SystemExit) as end:
+            cli(bad)
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_eval_writes_a_row_for_every_retriever(tmp_path, kb, capsys):
