@@ -27,6 +27,7 @@ from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
 from tasks.drills import LADDER, DrillStream
 from tasks.factbook import ChatPairs, load_documents, load_queries
+from tasks.fiction import make_world
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
 
 
@@ -49,7 +50,8 @@ class Config(TrainConfig):
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
     drill_share: float = 0.02  # share of drills
-    one_share: float = 0.8  # share of contexts with one document (two, if the question has two hops)
+    fiction_share: float = 0.15  # share of contexts with one document from an invented world (tasks/fiction.py)
+    one_share: float = 0.65  # share of contexts with one document (two, if the question has two hops)
     short_share: float = 0.08  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
@@ -83,13 +85,15 @@ def main(config: Config) -> dict[str, float]:
     whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k, reword=config.reword)
     one = replace(whole, max_docs=1)
     short = replace(whole, min_docs=min(2, config.top_k), sentences=3)
+    world = make_world("train")
     tasks = {
         "one": RAGTask(train_rows, documents, one, found, config.seed + 2),
         "whole": RAGTask(train_rows, documents, whole, found, config.seed),
         "short": RAGTask(train_rows, documents, short, found, config.seed + 1),
+        "fiction": RAGTask(world.queries, world.documents, one, seed=config.seed + 3),
         "chat": TaskMixture([ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])),
     }
-    shares = {name: getattr(config, f"{name}_share") for name in ("chat", "drill", "one", "short")}
+    shares = {name: getattr(config, f"{name}_share") for name in ("chat", "drill", "fiction", "one", "short")}
     shares["whole"] = 1 - sum(shares.values())
     limit = config.sequence_len + 1
     streams = {name: ConversationStream(task, tokenizer, limit, config.seed) for name, task in tasks.items()}
@@ -97,15 +101,23 @@ def main(config: Config) -> dict[str, float]:
     stream = MixStream(streams, shares, config.seed, d.world_size)
     loader = PackedLoader(stream, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
 
-    # 4. Validation on questions about other entities: gold among what the retriever finds, and without it
+    # 4. Validation on questions about other entities, half of them without the gold document: one document, several
+    # that the retriever finds, one from another invented world
     single = [r for r in val_rows if r["type"] == "single"] or val_rows
     single = random.Random(0).sample(single, min(config.val_examples, len(single)))
     val_found = retrieve_all(manager, single)
-    evals = []
-    for name, k in (("one", 1), ("several", config.top_k)):
-        fixed = RAGMix(absent=0.5, counterfactual=0, follow_up=0, min_docs=k, max_docs=k)
-        task = RAGTask(single, documents, fixed, val_found)
-        evals.append(Eval(name, config.eval_every, reading_eval(tokenizer, task, config.val_examples)))
+    invented = make_world("val", 200)
+    fixed = RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1)
+    several = replace(fixed, min_docs=config.top_k, max_docs=config.top_k)
+    asked = {
+        "one": RAGTask(single, documents, fixed, val_found),
+        "several": RAGTask(single, documents, several, val_found),
+        "fiction": RAGTask([r for r in invented.queries if r["type"] == "single"], invented.documents, fixed),
+    }
+    evals = [
+        Eval(name, config.eval_every, reading_eval(tokenizer, task, config.val_examples, prefix=f"{name}_"))
+        for name, task in asked.items()
+    ]
     return train(
         model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
         meta=parent_meta(meta) | {"knowledge_base": config.knowledge_base},

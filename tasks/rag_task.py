@@ -279,11 +279,12 @@ def invent_name(rng: random.Random) -> str:
 
 
 def reading_eval(
-    tokenizer: Tokenizer, task: RAGTask, n: int = 64, max_tokens: int = 32
+    tokenizer: Tokenizer, task: RAGTask, n: int = 64, max_tokens: int = 32, prefix: str = ""
 ) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation for the training loop: answers to `n` examples of `task`, first question only, greedily decoded.
 
-    Gives exact match and F1 of those with their gold document, and how often the others abstain.
+    Gives exact match and F1 of those with their gold document, and how often the others abstain; `prefix` begins the
+    names of the three.
     """
     task.epoch = 10**6  # draws that training doesn't see even on the same questions
     picked = random.Random(0).sample(range(len(task)), min(n, len(task)))
@@ -304,6 +305,7 @@ def reading_eval(
                 f1.append(answer_f1(strip_citations(got), gold))
                 em.append(exact_match(strip_citations(got), gold))
         mean = lambda xs: sum(xs) / max(1, len(xs))
-        return ({"f1": mean(f1), "em": mean(em)} if f1 else {}) | ({"abstains": mean(abstained)} if abstained else {})
+        out = ({"f1": mean(f1), "em": mean(em)} if f1 else {}) | ({"abstains": mean(abstained)} if abstained else {})
+        return {prefix + name: value for name, value in out.items()}
 
     return evaluate
