@@ -462,7 +462,7 @@ class DenseRetriever(Retriever):
 
     def _similarities(self, query: str, positions: list[int]) -> list[float | None]:
         [vector] = self._encode([valid_unicode(query[:MAX_QUERY_CHARS])])
-        return [float(row @ vector) for row in self._rows(positions)]  # one by one: the same to the bit, whoever else
+        return [float(row @ vector) for row in self._rows(positions)]  # one by one: to the bit what a single one has
 
 
 class HybridRetriever(Retriever):

@@ -231,7 +231,7 @@ def test_fusion_prefers_what_both_lists_hold():
 
     found = HybridRetriever(Fixed(0, 1, 2), Fixed(3, 1, 4)).retrieve("any", 3)
     assert [doc.id for doc in found] == ["d1", "d0", "d3"]
-    assert found[0].score == pytest.approx(2 / 62)
+    assert found[0].score == pytest.approx(2 / (HybridRetriever.K + 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
