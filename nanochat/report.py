@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import OLD, SOURCES, checkpoints_dir, list_steps, versions
-from nanochat.common import UserError, atomic_file, get_base_dir, human, print0, read_json
+from nanochat.common import UserError, atomic_file, get_base_dir, human, print0, read_json, read_jsonl
 from nanochat.config import run
 
 # in metrics.jsonl beside the evaluations: what the loop logs at every step
@@ -70,7 +70,9 @@ def write_report(output: Path, evals: Path) -> str:
             problems.append(f"- {file}: not an evaluation ({e})")
     if not tables:
         tables.append("Nothing was trained or evaluated yet.")
-    plots = [f"![{r.source}/{r.tag}]({plot_run(r, output).name})" for r in runs if r.steps]
+    curves = [plot_confidence(file, output) for file in sorted(evals.glob("**/*.answers.jsonl"))]
+    plots = [f"![confidence]({curve.name})" for curve in curves if curve]
+    plots += [f"![{r.source}/{r.tag}]({plot_run(r, output).name})" for r in runs if r.steps]
     found = ", ".join(f"{name} {v}" for name, v in versions().items())
     parts = [f"# Report\n\n{time.strftime('%Y-%m-%d %H:%M')}, {found}", *tables]
     parts += ["## Curves\n\n" + "\n\n".join(plots)] if plots else []
@@ -171,6 +173,48 @@ def plot_run(r: Run, output: Path) -> Path:
     if curves:
         right.legend(fontsize=7)
     file = output / f"{r.source}_{r.tag}.png"
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def plot_confidence(answers: Path, output: Path) -> Path | None:
+    """What another threshold would do, from rag_eval's answers -> a PNG; None where none has a confidence.
+
+    Left: the share of distractor-only questions it would abstain from, against that of answerable ones. Right: risk
+    (1 - F1 of what is answered) against coverage, as far as answers were given.
+    """
+    rows: dict[str, list[tuple[float, float, bool]]] = {}
+    try:
+        for a in read_jsonl(answers):
+            if "confidence" in a and a["row"] in ("retrieved", "distractors_only"):
+                found = bool(set(a["positive_ids"]) & set(a["documents"]))
+                rows.setdefault(a["row"], []).append((a["confidence"], a["f1"], found))
+    except (UserError, KeyError, TypeError):
+        return None
+    there = sorted((c, f1) for c, f1, found in rows.get("retrieved", []) if found)
+    gone = [c for c, _, _ in rows.get("distractors_only", [])]
+    if not there or not gone:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    share = lambda values, t: sum(v <= t for v in values) / len(values)
+    odds = [c for c, _ in there]
+    left.plot([share(odds, t) for t in odds], [share(gone, t) for t in odds], color="#1f4e9c")
+    left.plot(share(odds, 0), share(gone, 0), "o", color="#b03030", label="the threshold in use")
+    left.set(title="abstention", xlabel="wrongly (gold is there)", ylabel="rightly (only distractors)")
+    left.legend(fontsize=7)
+    best, total, curve = [f1 for c, f1 in reversed(there) if c > 0], 0.0, []
+    for n, f1 in enumerate(best, 1):
+        total += f1
+        curve.append((n / len(there), 1 - total / n))
+    right.plot(*zip(*curve), color="#1f4e9c") if curve else None
+    right.set(title="risk and coverage", xlabel="share answered, the surest first", ylabel="1 - F1", xlim=(0, 1))
+    file = output / f"{answers.name.removesuffix('.answers.jsonl')}_confidence.png"
     figure.savefig(file, dpi=110)
     plt.close(figure)
     return file

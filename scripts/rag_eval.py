@@ -12,10 +12,12 @@ Every row asks questions of `--queries` in another setting:
     retrieved_together  the same, all documents in one context
     retrieved_held_out_wording   the same for questions whose `wording` is "held_out": phrased as none in training
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
+    counterfactual      the gold document with names and answers exchanged: what the weights remember is of no use
     unanswerable        questions the knowledge base has no answer to, with what the retriever finds: should abstain
     two_hop             two-hop questions with both gold documents among three distractors
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
+    retrieved_simple, retrieved_bm25 ...   with another retriever than the knowledge base's own; only where --rows asks
 
 With `--read each` (the default) every document is read alone and the answer comes from the one that speaks most for
 itself (Engine.focus). How the model's odds and the retriever's opinion are weighed, and from where on it is better to
@@ -34,7 +36,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import numpy as np
@@ -44,6 +46,7 @@ from nanochat.common import UserError, init_distributed, is_main, over_ranks, pr
 from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.engine import Engine, fit_confidence
+from nanochat.knowledge_base import kb_info, kb_serves
 from nanochat.rag_utils import (
     ABSTENTION,
     all_gold_at_k,
@@ -59,7 +62,7 @@ from nanochat.rag_utils import (
 )
 from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
-from tasks.rag_task import states_answer
+from tasks.rag_task import RAGMix, RAGTask, states_answer
 
 TOGETHER = ("two_hop", "retrieved_together", "oracle_distractors")  # rows that are about several in one context
 
@@ -119,8 +122,8 @@ def main(config: Config) -> dict:
     found = {r["id"]: docs for r, docs in zip(asked, deep)}
 
     def gold(row: dict) -> list[Document]:
-        known = documents | {doc.id: doc for doc in found[row["id"]]}  # with what the retriever thinks of them
-        return [known[p] for p in row["positive_ids"]]
+        known = {doc.id: doc for doc in found[row["id"]]}  # with what the retriever thinks of them
+        return [known.get(p) or documents[p] for p in row["positive_ids"]]
 
     def without_answer(row: dict) -> list[Document]:
         """Retrieved documents that aren't gold and don't hold the answer about the same entity."""
@@ -142,9 +145,19 @@ def main(config: Config) -> dict:
         docs = distractors(row, config.top_k - 1)
         return docs[: p - 1] + gold(row)[:1] + docs[p - 1 :]
 
+    @cache
+    def opened(type: str) -> RetrievalManager:
+        return RetrievalManager(type, config.knowledge_base)
+
+    def by_retriever(type: str, row: dict) -> list[Document]:
+        return opened(type).retrieve(row["query"], config.top_k)
+
     def among(row: dict, golds: list[Document]) -> list[Document]:
         docs = golds + distractors(row, max(0, config.top_k - len(golds)))
         return random.Random(row["id"]).sample(docs, len(docs))
+
+    others = [t for t in kb_serves(kb_info(config.knowledge_base)) if t != manager.retriever_type]
+    by_type["counterfactual"], changed = counterfactual(by_type["single"], documents, config.seed)
 
     settings: dict[str, tuple[str, Callable[[dict], list[Document]]]] = {
         "closed_book": ("single", lambda r: []),
@@ -154,17 +167,20 @@ def main(config: Config) -> dict:
         "retrieved_together": ("single", lambda r: found[r["id"]][: config.top_k]),
         "retrieved_held_out_wording": ("held_out", lambda r: found[r["id"]][: config.top_k]),
         "distractors_only": ("single", lambda r: without_answer(r)[: config.top_k]),
+        "counterfactual": ("counterfactual", lambda r: changed[r["id"]]),
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
+        **{f"retrieved_{t}": ("single", partial(by_retriever, t)) for t in others},
     }
     if config.read == "together":
         del settings["retrieved_together"]  # it would be the same as retrieved
     wanted = [name.strip() for name in config.rows.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in settings]:
         raise UserError(f"--rows {unknown[0]}: choose from {', '.join(settings)}")
-    wanted = wanted or [name for name, (kind, _) in settings.items() if kind in by_type]
+    usual = [name for name in settings if name.removeprefix("retrieved_") not in others]
+    wanted = wanted or [name for name in usual if settings[name][0] in by_type]
     if empty := [name for name in wanted if settings[name][0] not in by_type]:
         raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
 
@@ -187,9 +203,9 @@ def main(config: Config) -> dict:
         table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
         log += [
             {"row": name, "id": r["id"], "query": r["query"], "answer": a, "answers": r["answers"],
-             "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"]}
+             "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"], "f1": scores["f1"]}
             | ({"confidence": p} if math.isfinite(p) else {})
-            for r, docs, a, p in zip(questions, shown, answers, confidences)
+            for r, docs, a, p, scores in zip(questions, shown, answers, confidences, judged)
         ]  # fmt: skip
         print0(
             f"{name:20s}" + "  ".join(f"{k} {v:.3g}" for k, v in table[name].items() if not k.endswith(("_lo", "_hi")))
@@ -237,6 +253,22 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
     features = [x for _, x in over_ranks(look, [ask(r["query"], docs) for r, docs in there + gone])]
     right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
     return fit_confidence(list(zip(features, right)), features[len(there) :])
+
+
+def counterfactual(rows: list[dict], documents: dict[str, Document], seed: int) -> tuple[list[dict], dict]:
+    """The questions and their gold documents with names and answers exchanged: (questions, documents by question id).
+
+    The country gets an invented name, and the answer is another country's where that can be exchanged consistently.
+    """
+    mix = RAGMix(absent=0, counterfactual=1, follow_up=0, max_docs=1)
+    task = RAGTask(rows, {i: doc.to_dict() for i, doc in documents.items()}, mix, seed=seed)
+    asked, shown = [], {}
+    for row, talk in zip(task.rows, task):
+        read, question, answer = talk["messages"]
+        wanted = strip_citations(answer["content"]).rstrip(".")
+        asked.append({**row, "query": question["content"], "answer": wanted, "answers": [wanted]})
+        shown[row["id"]] = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]
+    return asked, shown
 
 
 def ask(query: str, docs: list[Document]) -> dict:

@@ -58,3 +58,16 @@ def test_a_row_without_a_metric_leaves_its_cell_empty():
 def test_a_missing_evaluation_folder_is_an_error_only_when_it_was_named(base):
     with pytest.raises(UserError, match="no such folder"):
         main(Config(evals=str(base / "nowhere")))
+
+
+def test_what_a_threshold_does_is_drawn_where_there_are_confidences(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    (tmp_path / "evals").mkdir()
+    answer = {"positive_ids": ["a"], "f1": 1.0}
+    rows = [{**answer, "row": "retrieved", "documents": ["a", "b"], "confidence": c} for c in (2.0, -1.0, 0.5)]
+    rows += [{**answer, "row": "distractors_only", "documents": ["b"], "confidence": c} for c in (-2.0, 0.1)]
+    (tmp_path / "evals" / "rag_eval.answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "evals" / "broken.answers.jsonl").write_text("{")
+    write_report(tmp_path / "report", tmp_path / "evals")
+    assert [f.name for f in (tmp_path / "report").glob("*_confidence.png")] == ["rag_eval_confidence.png"]
+    assert "(rag_eval_confidence.png)" in (tmp_path / "report" / "report.md").read_text()

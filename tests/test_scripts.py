@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError
+from nanochat.common import DATA, UserError
 from nanochat.config import run
+from nanochat.documents import Document
 from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import RetrievalManager
 from nanochat.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from scripts import (
     tok_eval,
     tok_train,
 )
-from tasks.factbook import load_documents
+from tasks.factbook import load_documents, load_queries
 
 # Everything as small as it goes; fp32, because emulated bf16 is slow where the CPU lacks it.
 TINY = {"device": "cpu", "dtype": "float32", "device_batch_size": 2, "lr_scale": 1.0}
@@ -199,6 +200,29 @@ def test_the_confidence_learned_on_validation_questions_stays_with_the_checkpoin
     read = [a for a in answers if "confidence" in a]
     assert {"retrieved", "oracle"} <= {a["row"] for a in read}
     assert all(a["answer"] == ABSTENTION for a in read if a["confidence"] <= 0)
+
+
+def test_counterfactual_questions_are_asked_about_changed_documents(world):
+    answers = [json.loads(x) for x in (world.home / "rag_eval.answers.jsonl").open()]
+    oracle, changed = ([a for a in answers if a["row"] == name] for name in ("oracle", "counterfactual"))
+    assert {a["id"] for a in changed} == {a["id"] for a in oracle}
+    rows = load_queries(DATA / "factbook" / "queries" / "test.jsonl")
+    single = random.Random(0).sample([r for r in rows if r["type"] == "single"], 20)
+    documents = {i: Document.from_dict(d) for i, d in load_documents().items()}
+    asked, shown = rag_eval.counterfactual(single, documents, seed=0)
+    for row, new in zip(single, asked):
+        [doc] = shown[row["id"]]
+        assert row["country"] not in new["query"] + doc.title and new["answers"][0] in doc.content
+        assert rag_eval.judge(new, [doc], f"{new['answer']}. [1]")["f1"] == 1
+    assert sum(new["answer"] != row["answer"] for row, new in zip(single, asked)) > 5
+
+
+def test_other_retrievers_are_asked_where_rows_says_so(world):
+    found = rag_eval.main(rag_eval.Config(
+        knowledge_base=world.kb, queries=world.queries + "/test.jsonl", max_examples=2, max_tokens=3,
+        rows="retrieved_simple", device="cpu",
+    ))["rows"]  # fmt: skip
+    assert list(found) == ["retrieved_simple"] and "retrieved_simple" not in world.found["rag_eval"]["rows"]
 
 
 def test_the_same_seed_asks_the_same_questions(world, tmp_path):
