@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from nanochat import knowledge_base as kb
 from nanochat import retrieval
@@ -107,6 +109,7 @@ def writer(path: Path, held: dict[str, str], seed: int, report: Path) -> None:
 
 def kill_loop(path: Path, kills: int, max_milliseconds: int, seed: int) -> Counter:
     """Returns counts of steps, kills, kills amid each kind of step, and opened versions. AssertionError on a loss."""
+    tqdm.set_lock(threading.RLock())  # its own is shared with children, and one killed while holding it blocks us all
     rng, held, counts, report = random.Random(seed), {}, Counter(), path.parent / "report.jsonl"
     for turn in range(kills):
         retrieval.REINDEX = rng.choice([0, 20_000])  # both ways to search what was added
