@@ -157,7 +157,7 @@ def main(config: Config) -> dict:
         return random.Random(row["id"]).sample(docs, len(docs))
 
     others = [t for t in kb_serves(kb_info(config.knowledge_base)) if t != manager.retriever_type]
-    by_type["counterfactual"], changed = counterfactual(by_type["single"], documents, config.seed)
+    by_type["counterfactual"], changed = counterfactual(by_type["single"], pools["single"], documents, config.seed)
 
     settings: dict[str, tuple[str, Callable[[dict], list[Document]]]] = {
         "closed_book": ("single", lambda r: []),
@@ -255,16 +255,20 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
     return fit_confidence(list(zip(features, right)), features[len(there) :])
 
 
-def counterfactual(rows: list[dict], documents: dict[str, Document], seed: int) -> tuple[list[dict], dict]:
-    """The questions and their gold documents with names and answers exchanged: (questions, documents by question id).
+def counterfactual(
+    rows: list[dict], pool: list[dict], documents: dict[str, Document], seed: int
+) -> tuple[list[dict], dict[str, list[Document]]]:
+    """The questions, and by their ids their gold documents, with names and answers exchanged.
 
-    The country gets an invented name, and the answer is another country's where that can be exchanged consistently.
+    The country gets an invented name, and the answer is that to one of `pool` about another country, where that can be
+    exchanged consistently.
     """
     mix = RAGMix(absent=0, counterfactual=1, follow_up=0, max_docs=1)
-    task = RAGTask(rows, {i: doc.to_dict() for i, doc in documents.items()}, mix, seed=seed)
+    task = RAGTask(pool, {i: doc.to_dict() for i, doc in documents.items()}, mix, seed=seed)
+    places = {row["id"]: i for i, row in enumerate(task.rows)}
     asked, shown = [], {}
-    for row, talk in zip(task.rows, task):
-        read, question, answer = talk["messages"]
+    for row in rows:
+        read, question, answer = task[places[row["id"]]]["messages"]
         wanted = strip_citations(answer["content"]).rstrip(".")
         asked.append({**row, "query": question["content"], "answer": wanted, "answers": [wanted]})
         shown[row["id"]] = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]

@@ -207,9 +207,10 @@ def test_counterfactual_questions_are_asked_about_changed_documents(world):
     oracle, changed = ([a for a in answers if a["row"] == name] for name in ("oracle", "counterfactual"))
     assert {a["id"] for a in changed} == {a["id"] for a in oracle}
     rows = load_queries(DATA / "factbook" / "queries" / "test.jsonl")
-    single = random.Random(0).sample([r for r in rows if r["type"] == "single"], 20)
+    pool = [r for r in rows if r["type"] == "single"]
+    single = random.Random(0).sample(pool, 20)
     documents = {i: Document.from_dict(d) for i, d in load_documents().items()}
-    asked, shown = rag_eval.counterfactual(single, documents, seed=0)
+    asked, shown = rag_eval.counterfactual(single, pool, documents, seed=0)
     for row, new in zip(single, asked):
         [doc] = shown[row["id"]]
         assert row["country"] not in new["query"] + doc.title and new["answers"][0] in doc.content
