@@ -153,7 +153,8 @@ class Tokenizer:
                     doc = doc if isinstance(doc, dict) else vars(doc)
                     number = doc.get("number") or number + 1
                     head = self.encode_text(f"[{number}] {doc.get('title', '')}\n")
-                    ids = [special["<|doc_start|>"], *head, *self.encode_text(doc["content"]), special["<|doc_end|>"]]
+                    content = " ".join(doc["content"].split())  # line ends of a page are nobody's words
+                    ids = [special["<|doc_start|>"], *head, *self.encode_text(content), special["<|doc_end|>"]]
                     score = doc.get("score")
                     parts.append((float("-inf") if score is None else float(score), ids, 0))
                 parts.append((None, [end], 0))

@@ -264,6 +264,12 @@ def test_alone_a_document_keeps_its_number_and_its_question():
     assert one_document_each(conversation("Hi")) == []
 
 
+def test_the_line_ends_of_a_page_are_not_read():
+    assert TOK.render_conversation(conversation("Q?", "one\n two\t three ")) == TOK.render_conversation(
+        conversation("Q?", "one two three")
+    )
+
+
 @pytest.mark.parametrize("pattern", ["MT", "MM"])
 def test_scores_of_a_batch_of_any_lengths_are_those_of_each_alone(pattern):
     engine = make_engine(pattern)
