@@ -35,7 +35,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 
@@ -157,7 +157,9 @@ def main(config: Config) -> dict:
         return random.Random(row["id"]).sample(docs, len(docs))
 
     others = [t for t in kb_serves(kb_info(config.knowledge_base)) if t != manager.retriever_type]
-    by_type["counterfactual"], changed = counterfactual(by_type["single"], pools["single"], documents, config.seed)
+    by_type["counterfactual"], changed = counterfactual(
+        by_type["single"], pools["single"], documents, found, config.seed
+    )
 
     settings: dict[str, tuple[str, Callable[[dict], list[Document]]]] = {
         "closed_book": ("single", lambda r: []),
@@ -256,12 +258,12 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
 
 
 def counterfactual(
-    rows: list[dict], pool: list[dict], documents: dict[str, Document], seed: int
+    rows: list[dict], pool: list[dict], documents: dict[str, Document], found: dict[str, list[Document]], seed: int
 ) -> tuple[list[dict], dict[str, list[Document]]]:
     """The questions, and by their ids their gold documents, with names and answers exchanged.
 
     The country gets an invented name, and the answer is that to one of `pool` about another country, where that can be
-    exchanged consistently.
+    exchanged consistently. A document is taken to be as similar to its question as it was before (`found`).
     """
     mix = RAGMix(absent=0, counterfactual=1, follow_up=0, max_docs=1)
     task = RAGTask(pool, {i: doc.to_dict() for i, doc in documents.items()}, mix, seed=seed)
@@ -271,7 +273,9 @@ def counterfactual(
         read, question, answer = task[places[row["id"]]]["messages"]
         wanted = strip_citations(answer["content"]).rstrip(".")
         asked.append({**row, "query": question["content"], "answer": wanted, "answers": [wanted]})
-        shown[row["id"]] = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]
+        known = {doc.id: doc.similarity for doc in found.get(row["id"], ())}
+        docs = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]
+        shown[row["id"]] = [replace(doc, similarity=known.get(doc.id)) for doc in docs]
     return asked, shown
 
 

@@ -210,7 +210,7 @@ def test_counterfactual_questions_are_asked_about_changed_documents(world):
     pool = [r for r in rows if r["type"] == "single"]
     single = random.Random(0).sample(pool, 20)
     documents = {i: Document.from_dict(d) for i, d in load_documents().items()}
-    asked, shown = rag_eval.counterfactual(single, pool, documents, seed=0)
+    asked, shown = rag_eval.counterfactual(single, pool, documents, {}, seed=0)
     for row, new in zip(single, asked):
         [doc] = shown[row["id"]]
         assert row["country"] not in new["query"] + doc.title and new["answers"][0] in doc.content
