@@ -16,10 +16,8 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanochat.checkpoint_manager import load_model, parent_meta
-from nanochat.common import UserError, init_distributed, is_main, over_ranks, parse_pattern
+from nanochat.common import UserError, init_distributed, parse_pattern
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
 from nanochat.retrieval import RetrievalManager
@@ -29,6 +27,7 @@ from tasks.drills import LADDER, DrillStream
 from tasks.factbook import ChatPairs, load_documents, load_queries
 from tasks.fiction import make_world
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
+from tasks.retrieval_qa import retrieve_all
 
 
 @dataclass
@@ -122,21 +121,6 @@ def main(config: Config) -> dict[str, float]:
         model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
         meta=parent_meta(meta) | {"knowledge_base": config.knowledge_base},
     )  # fmt: skip
-
-
-def retrieve_all(manager: RetrievalManager, rows: list[dict], top_k: int = 10) -> dict[str, list[str]]:
-    """Question id -> ids of the best `top_k` documents; ranks share the questions."""
-
-    def search(part: list[dict]) -> list[list[str]]:
-        out: list[list[str]] = []
-        for start in tqdm(
-            range(0, len(part), 256), desc="retrieving", unit="batch", leave=False, disable=not is_main()
-        ):
-            hits = manager.retrieve_batch([r["query"] for r in part[start : start + 256]], top_k)
-            out += [[doc.id for doc in docs] for docs in hits]
-        return out
-
-    return {row["id"]: ids for row, ids in zip(rows, over_ranks(search, rows))}
 
 
 if __name__ == "__main__":

@@ -71,14 +71,18 @@ class JSONLTask(Task):
         self.examples = []
         for n, row in enumerate(read_jsonl(path), 1):
             try:
-                check_conversation(row)
-                if not any(m["role"] == "assistant" for m in row["messages"]):
-                    raise UserError("no assistant message to learn from")
+                self.check(row)
             except UserError as e:
                 raise UserError(f"{path}, record {n}: {e}") from e
             self.examples.append(row)
         if not self.examples:
             raise UserError(f"{path} holds no conversation")
+
+    def check(self, row: dict) -> None:
+        """Raises UserError if a row can't be learned from."""
+        check_conversation(row)
+        if not any(m["role"] == "assistant" for m in row["messages"]):
+            raise UserError("no assistant message to learn from")
 
 
 class ConversationStream:

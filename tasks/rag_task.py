@@ -2,6 +2,7 @@
 
     task = RAGTask(load_queries("train"), load_documents(), max_docs=5)
     task[0] -> {"messages": [{"role": "retrieval", ...}, {"role": "user", ...}, {"role": "assistant", ...}], ...}
+    MultiHopRAGTask(load_queries("train"), load_documents())[0]  # two retrieval messages, for two-hop questions
 
 Each example is drawn anew in every epoch: which distractors stand beside the gold document, their order and so their
 numbers, the wording of the question, whether the gold document is there at all (if not, the answer is the abstention).
@@ -93,7 +94,7 @@ class RAGTask(Task):
         gold = [] if absent else self._gold(row, rng)
         ids = gold + self._distractors(row, max(0, n_docs - len(gold)), rng)
         rng.shuffle(ids)
-        shown = [{k: v for k, v in self.documents[d].items() if k != "number"} for d in ids]  # a user's own field
+        shown = self._show(ids)
 
         questions = [row]
         if rng.random() < mix.follow_up:
@@ -107,11 +108,23 @@ class RAGTask(Task):
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
         turns = [(query.lower() if rng.random() < mix.reword / 8 else query, *rest) for query, *rest in turns]
+        return self._conversation(row, [(turns[0][0], shown)], turns)
 
-        docs = [{k: d[k] for k in ("id", "title", "content", "source", "number") if k in d} for d in shown]
-        for n, doc in enumerate(docs, 1):  # if the context is too long, what no answer needs goes first
-            doc["score"] = float(any(doc.get("number", n) in cited for _, _, cited in turns))
-        messages: list[dict] = [{"role": "retrieval", "query": turns[0][0], "documents": docs}]
+    def _show(self, ids: Sequence[str]) -> list[dict]:
+        """Copies of documents, to be numbered: a `number` of the user's own isn't meant."""
+        return [{k: v for k, v in self.documents[d].items() if k != "number"} for d in ids]
+
+    def _conversation(self, row: dict, searches: Sequence[tuple[str, list[dict]]], turns: list) -> dict:
+        """`searches` are queries and what is shown for them, several being hops; `turns` (question, answer, cited)."""
+        messages: list[dict] = []
+        n = 0  # documents are numbered through all hops
+        for hop, (query, shown) in enumerate(searches, 1):
+            docs = [{k: d[k] for k in ("id", "title", "content", "source", "number") if k in d} for d in shown]
+            for doc in docs:  # if the context is too long, what no answer needs goes first
+                n += 1
+                doc["score"] = float(any(doc.get("number", n) in cited for _, _, cited in turns))
+            more = {"hop": hop} if len(searches) > 1 else {}
+            messages.append({"role": "retrieval", **more, "query": query, "documents": docs})
         for query, answer, cited in turns:
             content = answer if answer == ABSTENTION else f"{answer}. " + "".join(f"[{c}]" for c in cited)
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": content}]
@@ -210,6 +223,66 @@ class RAGTask(Task):
         return turns
 
 
+class MultiHopRAGTask(RAGTask):
+    """Two-hop questions with a retrieval message a hop: the first query is the question, the second asks for the rest
+    about the bridge entity. Sizes in `mix` are those of a hop; follow-ups and cuts are RAGTask's alone.
+
+    `rows` are questions of every kind: those of one hop word the second query and tell what can't be a distractor. An
+    `absent` document is one of the two. Without the first, the second query is about an entity that the search came
+    upon instead: neither the number of hops nor a query tells whether there is an answer.
+    """
+
+    def __init__(self, rows: Sequence[dict], documents: dict[str, dict], *args, **options):
+        super().__init__(rows, documents, *args, **options)
+        self.rows = [r for r in self.rows if r["hops"] == 2 and len(set(r["positive_ids"])) == 2 and r.get("bridge")]
+        if not self.rows:
+            raise UserError("no question has two hops, two positive_ids and a bridge; docs/formats.md describes them")
+
+    def __getitem__(self, i: int) -> dict:
+        rng, mix, row = random.Random(f"{self.seed}/{self.epoch}/{i}"), self.mix, self.rows[i]
+        relation, link = row.get("relation", ""), row.get("bridge_relation", "")
+        link = link if link != "compare" else relation  # which of two is larger: the same is asked about both
+        first, second = self._ask(row.get("country", ""), link), self._ask(row["bridge"], relation)
+        told = [p for r in (row, first, second) for p in r["positive_ids"]]
+        about_bridge = row | {"country": row["bridge"]}
+        told += [d for d in self.by_country.get(row["bridge"], []) if states_answer(self.documents[d], about_bridge)]
+        gold = list(row["positive_ids"])
+        if rng.random() < mix.absent:
+            gold[rng.randrange(2)] = ""
+        hops, shown, taken = [row | {"relation": link}, second], [], list(told)
+        for k in (0, 1):
+            if k and not gold[0]:
+                hops[1] = self._astray(row, shown[0], rng)
+                gold[1] = rng.choice([p for p in hops[1]["positive_ids"] if p not in taken] or [""])
+            ids = [gold[k]] if gold[k] else []
+            avoid = row | hops[k] | {"positive_ids": taken + hops[k]["positive_ids"]}
+            ids += self._distractors(avoid, rng.randint(mix.min_docs, mix.max_docs) - len(ids), rng)
+            taken += ids
+            shown.append(self._show(rng.sample(ids, len(ids))))
+
+        everything = shown[0] + shown[1]
+        turns: list = [(self._wording(row, rng), *self._answer(row, everything))]
+        turns.append((self._wording(hops[1], rng), ABSTENTION, []))  # the second query, to be renamed like a question
+        if rng.random() < mix.counterfactual:
+            turns = self._counterfactual([row, hops[1]], everything, turns, rng)
+        return self._conversation(row, [(turn[0], docs) for turn, docs in zip(turns, shown)], turns[:1])
+
+    def _ask(self, entity: str, relation: str) -> dict:
+        """A question for an entity's relation (both names, if no row asks for it) and all documents that answer it."""
+        rows = [
+            r for r in self.rows_of_country.get(entity, []) if entity and relation and r.get("relation") == relation
+        ]
+        words = {"query": f"{entity} {relation.replace('_', ' ')}".strip(), "paraphrases": [], "hops": 1}
+        return (rows or [words])[0] | {"country": entity, "positive_ids": [p for r in rows for p in r["positive_ids"]]}
+
+    def _astray(self, row: dict, shown: list[dict], rng: random.Random) -> dict:
+        """The second hop's question after a first that found none but these documents: about another entity."""
+        docs = shown + self._show(rng.sample(self.ids, min(20, len(self.ids))))
+        names = dict.fromkeys(doc.get("country") or doc["title"] for doc in docs)
+        others = [self._ask(n, row.get("relation", "")) for n in names if n not in (row.get("country"), row["bridge"])]
+        return next((r for r in others if r["positive_ids"]), others[0] if others else self._ask("", ""))
+
+
 def shorten(text: str, answers: Sequence[str], n: int, rng: random.Random) -> str:
     """At most `n` sentences of the text, in order: those that hold one of the answers, then any others."""
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text)
@@ -279,7 +352,7 @@ def invent_name(rng: random.Random) -> str:
 
 
 def reading_eval(
-    tokenizer: Tokenizer, task: RAGTask, n: int = 64, max_tokens: int = 32, prefix: str = ""
+    tokenizer: Tokenizer, task: Task, n: int = 64, max_tokens: int = 32, prefix: str = ""
 ) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation for the training loop: answers to `n` examples of `task`, first question only, greedily decoded.
 
@@ -291,7 +364,8 @@ def reading_eval(
     conversations = [task[i] for i in picked]
     wanted = [next(m["content"] for m in c["messages"] if m["role"] == "assistant") for c in conversations]
     for c in conversations:
-        c["messages"] = c["messages"][:2]  # the documents and the first question
+        roles = [m["role"] for m in c["messages"]]
+        c["messages"] = c["messages"][: roles.index("assistant")]  # the documents and the first question
 
     def evaluate(model) -> dict[str, float]:
         engine = Engine(model, tokenizer)

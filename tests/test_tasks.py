@@ -17,6 +17,7 @@ from nanochat.core_eval import choice_scores, multiple_choice
 from nanochat.documents import Document
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag_utils import ABSTENTION, extract_citations, strip_citations
+from nanochat.retrieval import RetrievalManager, build_kb
 from nanochat.tokenizer import Tokenizer
 from tasks.common import (
     ConversationStream,
@@ -31,7 +32,8 @@ from tasks.common import (
 )
 from tasks.drills import LADDER, LEARNED, DrillStream, climb, drill_accuracy
 from tasks.factbook import ChatPairs, FactbookQA, cloze_items, load_documents, load_queries
-from tasks.rag_task import RAGMix, RAGTask, invent_name, reading_eval, shorten, states_answer
+from tasks.rag_task import MultiHopRAGTask, RAGMix, RAGTask, invent_name, reading_eval, shorten, states_answer
+from tasks.retrieval_qa import StaticRAGTask, create_rag_task
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # a tokenizer without any merge
 V = BYTES.vocab_size
@@ -690,6 +692,111 @@ def test_a_whole_word_is_not_part_of_a_longer_word_or_number(text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The other RAG tasks
+
+
+def hops(task, n=200):
+    """(row, the two retrieval messages, the answer) of n two-hop examples all over the task."""
+    for i in range(0, len(task), max(1, len(task) // n)):
+        first, second, question, said = task[i]["messages"]
+        assert first["hop"] == 1 and second["hop"] == 2 and first["query"] == question["content"]
+        yield task.rows[i], (first, second), said["content"]
+
+
+def test_two_hops_are_two_searches_and_both_golds_are_cited_through_them(rows, documents):
+    task = MultiHopRAGTask(list(rows.values()), documents, RAGMix(absent=0, counterfactual=0, max_docs=3))
+    assert {r["type"] for r in task.rows} == {"two_hop"}
+    asked = {w: r for r in rows.values() if r["hops"] == 1 for w in [r["query"], *r["paraphrases"]]}
+    worded, numbers = 0, Counter()
+    for row, searches, said in hops(task):
+        assert searches[0]["query"] in [row["query"], *row["paraphrases"]]
+        second = asked.get(searches[1]["query"])
+        worded += second is not None
+        assert (second["country"], second["relation"]) == (row["bridge"], row["relation"]) if second else (
+            searches[1]["query"].startswith(row["bridge"])
+        )  # fmt: skip
+        shown = [[d["id"] for d in m["documents"]] for m in searches]
+        assert [gold in ids for gold, ids in zip(row["positive_ids"], shown)] == [True, True]
+        ids = shown[0] + shown[1]
+        assert 2 <= len(ids) == len(set(ids)) <= 6 and {len(s) for s in shown} <= {1, 2, 3}
+        assert sorted(ids[n - 1] for n in extract_citations(said)) == sorted(row["positive_ids"])
+        assert strip_citations(said) == row["answer"] + "."
+        numbers.update(extract_citations(said))
+    assert worded > 50 and set(numbers) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_missing_hop_is_answered_by_abstaining_and_no_query_tells(rows, documents):
+    task = MultiHopRAGTask(list(rows.values()), documents, RAGMix(absent=1, counterfactual=0, min_docs=2, max_docs=2))
+    lost, bridges = Counter(), 0
+    for row, searches, said in hops(task, 150):
+        shown = {d["id"] for m in searches for d in m["documents"]}
+        here = [gold in shown for gold in row["positive_ids"]]
+        assert said == ABSTENTION and all(len(m["documents"]) == 2 for m in searches)
+        lost[tuple(here)] += 1
+        if not here[0]:  # the search went astray: the bridge isn't known
+            assert here == [False, False] and row["bridge"] not in searches[1]["query"].replace(row["country"], "")
+        else:
+            bridges += row["bridge"] in searches[1]["query"]
+        left = [d for i in shown if (d := documents[i]) and i not in row["positive_ids"]]
+        assert not any(states_answer(d, row | {"country": row["bridge"]}) for d in left)
+    assert min(lost.values()) > 40 and set(lost) == {(True, False), (False, False)} and bridges > 50
+
+
+def test_hops_are_renamed_together_and_drawn_anew(rows, documents):
+    task = MultiHopRAGTask(list(rows.values()), documents, RAGMix(absent=0.3, counterfactual=1, max_docs=2))
+    for row, searches, said in hops(task, 100):
+        told = " | ".join(f"{d['title']} {d['content']}" for m in searches for d in m["documents"])
+        names = {row["country"], row["bridge"]} - {""}
+        assert not any(whole_word(name).search(m["query"] + told) for name in names for m in searches)
+        assert said == ABSTENTION or strip_citations(said).removesuffix(".") in told
+    first = [task[i] for i in range(30)]
+    assert first == [task[i] for i in range(30)]
+    task.epoch = 1
+    assert sum(a == task[i] for i, a in enumerate(first)) < 3
+    with pytest.raises(UserError, match="two hops"):
+        MultiHopRAGTask([r for r in rows.values() if r["hops"] == 1], documents)
+
+
+def cites(text, **document):
+    docs = [{"id": "a", "title": "A", "content": "x"}, {"id": "b", "title": "B", "content": "y", **document}]
+    found = {"role": "retrieval", "query": "q", "documents": docs}
+    return {"messages": [found, USER, {"role": "assistant", "content": text}]}
+
+
+def test_a_static_task_checks_that_what_is_cited_is_there(tmp_path):
+    def write(*rows):
+        (tmp_path / "rag.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return create_rag_task("static", path=tmp_path / "rag.jsonl")
+
+    good = [cites("x. [1][2]"), cites("y. [7]", number=7), cites(ABSTENTION)]
+    task = write(*good)
+    assert isinstance(task, StaticRAGTask) and [task[i] for i in range(len(task))] == good
+    for bad, says in [
+        (cites("x. [3]"), "record 2: the answer cites [3]"),
+        (cites("y. [2]", number=7), "record 2: the answer cites [2]"),
+        ({"messages": cites("")["messages"][1:]}, "record 2: no retrieval message"),
+        ({"messages": cites("")["messages"][:2]}, "record 2: no assistant message"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(says)):
+            write(good[0], bad)
+
+
+def test_tasks_are_made_by_name_and_a_manager_is_asked_for_the_distractors(tmp_path):
+    docs = [Document(f"d{n}", f"T{n}", f"word{n} " + "common " * n) for n in range(1, 9)]
+    build_kb(docs, tmp_path / "kb", "simple")
+    manager = RetrievalManager(knowledge_base_path=tmp_path / "kb")
+    row = {"id": "q", "query": "word1 word2", "paraphrases": [], "answer": "word1", "answers": ["word1"],
+           "positive_ids": ["d1"], "hops": 1, "type": "single"}  # fmt: skip
+    task = create_rag_task("retrieval", rows=[row], retrieved=manager, mix=RAGMix(absent=0, counterfactual=0))
+    assert type(task) is RAGTask and set(task.retrieved["q"]) == {"d1", "d2"} and len(task.documents) == 8
+    assert create_rag_task("retrieval", rows=[row], documents=task.documents, retrieved={"q": ["d3"]}).retrieved
+    two = row | {"hops": 2, "type": "two_hop", "positive_ids": ["d1", "d2"], "bridge": "T2"}
+    assert isinstance(create_rag_task("multi_hop", rows=[two], retrieved=manager), MultiHopRAGTask)
+    with pytest.raises(UserError, match="choose retrieval, static, multi_hop"):
+        create_rag_task("dynamic")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluations during training
 
 
@@ -721,6 +828,10 @@ def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkey
         task = RAGTask(single, documents, RAGMix(absent, counterfactual=0, follow_up=1, max_docs=2))
         assert reading_eval(BYTES, task, 30)(tiny) == metrics
     assert len(asked) == 60 and all(len(c["messages"]) == 2 for c in asked)
+    two = MultiHopRAGTask(list(rows.values()), documents, RAGMix(0, counterfactual=0, max_docs=1))
+    single = two.rows
+    assert reading_eval(BYTES, two, 10)(tiny) == {"f1": 1.0, "em": 1.0}
+    assert [m["role"] for m in asked[-1]["messages"]] == ["retrieval", "retrieval", "user"]
 
 
 def test_reading_eval_runs_on_a_real_model_and_gives_shares(tiny, documents, rows):
