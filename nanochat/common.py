@@ -75,7 +75,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield a fresh folder that becomes `path` only if the block ends without an exception (an old one is replaced)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-nanochat-"))
     try:
         yield tmp
         for f in tmp.rglob("*"):
@@ -84,7 +84,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
                     os.fsync(h.fileno())
         os.chmod(tmp, 0o755)
         if path.exists():  # a rename can't replace a full folder: move the old one aside first
-            old = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")
+            old = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-nanochat-")
             os.replace(path, old)
             try:
                 os.replace(tmp, path)

@@ -26,7 +26,7 @@ from nanochat.blocks.gemv import speed_up
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Cache
 from nanochat.rag_utils import ABSTENTION
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, check_conversation
 
 PREFILL_TOKENS = 2048  # tokens read in one call, over all rows: enough to fill the cores, little enough to fit anywhere
 
@@ -187,7 +187,7 @@ class Engine:
         document alone; the document's similarity to the query (nan where the retriever gave none); minus the logarithm
         of its place, 1 being what the retriever thinks most of.
         """
-        views = [one_document_each(c) for c in conversations]
+        views = [one_document_each(check_conversation(c)) for c in conversations]
         refusal = self.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
         prompts = [self.prompt(view, max_tokens) for v in views for view in v]
         abstains = np.array(self.score_batch(prompts, refusal, batch_size, progress)).clip(max=-1e-6)

@@ -110,15 +110,17 @@ def _html(markup: str) -> tuple[str, str]:
     except Exception as e:  # whatever a parser may do when a page is broken enough
         raise UserError(f"cannot be parsed as HTML ({type(e).__name__})") from e
     title = soup.title.get_text() if soup.title else ""
-    for tag in soup("br"):
-        tag.insert_before("\v")  # which a page can't hold, and which no white space swallows
     parts, todo = [""], [soup]  # a stack, not recursion: forgotten end tags nest thousands of elements
     while todo:
         node, piece = todo.pop(), ""
         if isinstance(node, Tag):
             if words := _heading(node) if node.name in _HEADS else "":
                 piece = f"\n\n{_HEADS[node.name]} {words}\n\n"
+            elif node.name == "br":
+                piece = "\v"  # which a page can't hold, and which no white space swallows
             elif node.name == "pre":
+                for tag in node("br"):
+                    tag.append("\n")
                 piece = f"\n\n```\n{node.get_text().strip(chr(10))}\n```\n\n"
             elif node.name not in _DROPPED:
                 piece, after = _AROUND.get(node.name, ("", ""))
@@ -141,7 +143,7 @@ def _heading(tag: Tag) -> str:
         node = todo.pop()
         if isinstance(node, Tag):
             todo += reversed(node.contents)
-            words += " " if node.name in _AROUND else ""
+            words += " " if node.name in _AROUND or node.name == "br" else ""
         elif type(node) is NavigableString:
             words += node
         if not todo:

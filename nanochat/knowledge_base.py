@@ -197,6 +197,9 @@ def _read_info(path: Path) -> dict:
     sound = all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in info["files"].values())
     segments = info.get("segments")
     sound = sound and isinstance(info.get("removed"), list) and isinstance(segments, list)
+    sound = (
+        sound and isinstance(cut := info.get("passages"), dict) and all(type(v) in (int, bool) for v in cut.values())
+    )
     sound = sound and all(isinstance(s, str) and re.fullmatch(r"\d{6}", s) for s in segments)
     holds = {"documents.jsonl", *(f"segments/{s}/documents.jsonl" for s in segments)} if sound else set()
     if not sound or not holds <= set(info["files"]):
@@ -277,9 +280,9 @@ def writing(path: Path) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise UserError(f"{path} is being written by another process; try again when it is done") from None
                 time.sleep(0.02)
-        ours = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?[a-z0-9_]{{8}}")  # as atomic_dir names its folders
+        ours = re.compile(rf"\.{re.escape(path.name)}\.(old|new)-nanochat-\w{{8}}")  # as atomic_dir names its folders
         for left in [p for p in path.parent.iterdir() if ours.fullmatch(p.name) and p.is_dir()]:
-            if ".old." in left.name and not path.exists() and (left / "kb.json").is_file():
+            if ".old-nanochat-" in left.name and not path.exists() and (left / "kb.json").is_file():
                 os.replace(left, path)  # killed between the two renames of a swap
             else:
                 shutil.rmtree(left, ignore_errors=True)
@@ -294,7 +297,8 @@ def _foreign(path: Path) -> str:
     old = read_json(path / "kb.json")  # of any version
     ours = {"kb.json", *(old.get("files", ()) if isinstance(old, dict) else ())}
     there = (f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
-    return next((n for n in sorted(there) if n not in ours and not _OURS.match(n)), "")
+    hidden = lambda name: name.rpartition("/")[2].startswith(".")  # a file manager's
+    return next((n for n in sorted(there) if n not in ours and not _OURS.match(n) and not hidden(n)), "")
 
 
 def _sync(folder: Path) -> None:
@@ -377,9 +381,14 @@ def build_kb(
     return from_main(None)
 
 
-def add_documents(path: str | Path, documents: Sequence[Document], replace: bool = False) -> dict:
-    """Add documents, durably, embedding only them. A known id is an error, or with `replace` the older one goes."""
-    return _change(path, _clean(documents), (), replace)
+def add_documents(
+    path: str | Path, documents: Sequence[Document], replace: bool = False, remove: Sequence[str] = ()
+) -> dict:
+    """Add documents, durably, embedding only them. A known id is an error, or with `replace` the older one goes.
+
+    Those with the ids in `remove` go in the same step. For one process, not for all of a group.
+    """
+    return _change(path, _clean(documents), remove, replace)
 
 
 def remove_documents(path: str | Path, ids: Sequence[str]) -> dict:
@@ -388,6 +397,8 @@ def remove_documents(path: str | Path, ids: Sequence[str]) -> dict:
 
 
 def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: bool) -> dict:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the others would wait for the lock, and this one for them
+        raise UserError("a knowledge base is changed by one process; run this without torchrun")
     kb_info(path)
     path = Path(path).resolve()
     with writing(path):
@@ -399,9 +410,10 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
                 shutil.rmtree(left)
         kb = open_kb(path)
         everything, keep = kb.everything, kb.keep
-        known = everything.find([doc.id for doc in new] or ids, keep)
-        if new and known and not replace:
+        known = everything.find([doc.id for doc in new], keep)
+        if known and not replace:
             raise UserError(f"the id {next(iter(known))!r} is already in {path}; update replaces documents")
+        known |= everything.find(ids, keep)
         if missing := [i for i in ids if i not in known]:
             raise UserError(f"{path} has no document with the id {missing[0]!r}")
         if not new and not known:

@@ -186,11 +186,13 @@ def plot_confidence(answers: Path, output: Path) -> Path | None:
     """
     rows: dict[str, list[tuple[float, float, bool]]] = {}
     try:
+        if not read_json(answers.with_name(answers.name.replace(".answers.jsonl", ".json")))["config"]["confidence"]:
+            return None  # no threshold was in use
         for a in read_jsonl(answers):
             if "confidence" in a and a["row"] in ("retrieved", "distractors_only"):
                 found = bool(set(a["positive_ids"]) & set(a["documents"]))
-                rows.setdefault(a["row"], []).append((a["confidence"], a["f1"], found))
-    except (UserError, KeyError, TypeError):
+                rows.setdefault(a["row"], []).append((float(a["confidence"]), float(a["f1"]), found))
+    except (UserError, KeyError, TypeError, ValueError):
         return None
     there = sorted((c, f1) for c, f1, found in rows.get("retrieved", []) if found)
     gone = [c for c, _, _ in rows.get("distractors_only", [])]

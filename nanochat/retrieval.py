@@ -64,6 +64,7 @@ from nanochat.retrievers import (
 )
 from nanochat.tokenizer import check_conversation
 
+SEARCH_VERSION = 1  # part of the cache's key: raise it when the same question gets another answer
 # below this many documents, the indexes of a changed knowledge base are made anew when it is opened
 REINDEX = 20_000
 
@@ -172,7 +173,7 @@ class RetrievalManager:
         retriever, top_k, options = self.retriever, self.top_k if top_k is None else top_k, {**self.options, **options}
         if self.cache is None or not all(isinstance(query, str) for query in queries):
             return retriever.retrieve_batch(queries, top_k, **options)
-        asked = [retriever.kb.digest, self.retriever_type, self.fusion, self.alpha, top_k, options]
+        asked = [SEARCH_VERSION, retriever.kb.digest, self.retriever_type, self.fusion, self.alpha, top_k, options]
         asked = json.dumps(asked, sort_keys=True, default=str).encode()
         keys = [hashlib.sha256(asked + query.encode("utf-8", "surrogatepass")).hexdigest() for query in queries]
         known = {key: json.loads(value) for key, value in self.cache.get_many(keys).items()}
@@ -230,8 +231,9 @@ class PrepareConfig:
     type: str = "hybrid"  # which index to build: simple, bm25, dense or hybrid (bm25 and dense)
     encoder: str = "minilm"  # minilm, lm:SOURCE (our own model), or a sentence-transformers name or folder
     index: str = "auto"  # of vectors: flat (exact), hnsw, ivf or ivfpq; auto chooses by their number
-    chunk_tokens: int = 128  # the most tokens of a passage; documents in .jsonl files stay whole
+    chunk_tokens: int = 128  # the most tokens of a passage; documents in .jsonl files stay whole, unless --split
     overlap: int = 24  # tokens that a passage repeats of the one before it
+    split: bool = False  # cut the documents of .jsonl files, too
 
 
 @dataclass
@@ -240,7 +242,7 @@ class AddConfig:
 
     knowledge_base: str = ""  # a folder made by prepare_kb
     documents: str = ""  # a file or folder as for prepare_kb; it is cut into passages as that was
-    update: bool = False  # replace documents that have the same id; else a known id is an error
+    update: bool = False  # replace what has the same id or was in the same file; else a known id is an error
 
 
 @dataclass
@@ -283,7 +285,7 @@ class EvalConfig:
     queries: str = ""  # a .jsonl file with query and positive_ids; questions without positive_ids are left out
     output: str = ""  # where to write the figures as JSON
     max_examples: int = 0  # a random sample of this many questions; 0 takes all
-    rerank: str = "late"  # a further row: the best retriever's 50 best, reranked; empty for none
+    rerank: str = "late"  # a further row: the 50 best of the last one (hybrid, if served), reranked; empty for none
     seed: int = 0  # of the sample and of the bootstrap
 
 
@@ -314,6 +316,8 @@ def prepare_kb(config: PrepareConfig) -> None:
     _require(config, "documents", "output")
     init_distributed("cpu")
     how = {"chunk_tokens": config.chunk_tokens, "overlap": config.overlap}
+    if config.split:
+        how["chunk"] = True
     documents, start = _read(config.documents, **how), time.time()
     built_from = sha256_of(Path(config.documents)) if Path(config.documents).is_file() else ""
     build_kb(documents, config.output, config.type, built_from, config.encoder, config.index, how)
@@ -323,8 +327,14 @@ def prepare_kb(config: PrepareConfig) -> None:
 
 def add(config: AddConfig) -> None:
     _require(config, "knowledge_base", "documents")
-    info = kb_info(config.knowledge_base)
-    add_documents(config.knowledge_base, _read(config.documents, **info["passages"]), config.update)
+    passages = kb_info(config.knowledge_base)["passages"]
+    how = {name: passages[name] for name in ("chunk_tokens", "overlap", "chunk") if name in passages}
+    documents, outdated = _read(config.documents, **how), []
+    if config.update:  # of a file that was read again, the passages it no longer has
+        files, ids = {doc.source for doc in documents if "start" in doc.metadata}, {doc.id for doc in documents}
+        old = open_kb(config.knowledge_base).documents if files else ()
+        outdated = [doc.id for doc in old if doc.source in files and "start" in doc.metadata and doc.id not in ids]
+    add_documents(config.knowledge_base, documents, config.update, outdated)
     _summary(config.knowledge_base)
 
 

@@ -276,6 +276,7 @@ class Retriever:
 
 
 def _spelled(value: object) -> str:
+    value = int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 is 3
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -211,6 +211,9 @@ def check_conversation(conversation: dict) -> dict:
             numbers = [d["number"] for d in docs if isinstance(d, dict) and d.get("number") is not None]
             if not all(type(number) is int and number > 0 for number in numbers):
                 raise UserError(f"message {n}: a document's 'number' must be a whole number from 1")
+            alike = [d.get("similarity") for d in docs if isinstance(d, dict)]
+            if not all(x is None or type(x) in (int, float) for x in alike):
+                raise UserError(f"message {n}: a document's 'similarity' must be a number")
         elif not isinstance(message.get("content"), str):
             raise UserError(f"message {n}: a {role} message needs a text 'content'")
     return conversation

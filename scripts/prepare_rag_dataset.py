@@ -98,7 +98,8 @@ def is_built(kb: Path, type: str, built_from: str) -> bool:
         info = kb_info(kb)
     except UserError:
         return False
-    return (info["type"], info.get("built_from")) == (type, built_from)
+    changed = info["segments"] or info["removed"]
+    return not changed and (info["type"], info.get("built_from")) == (type, built_from)
 
 
 def conversations(queries: list[dict], documents: list[Document], split: str, rng: random.Random) -> Iterator[dict]:

@@ -104,11 +104,6 @@ def main(config: Config) -> dict:
     checkpoint = find_checkpoint(config.source, config.model_tag or None, config.step or None)
     model, tokenizer, meta = load_model(str(checkpoint), d.device)
     engine = Engine(model, tokenizer)
-    if config.calibrate:
-        model.confidence = calibrate(engine, manager, config)
-        if d.rank == 0:
-            write_json(checkpoint / "meta.json", meta | {"confidence": model.confidence})
-
     # 2. The questions of each kind, and what the retriever finds for them
     rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
     pools = {kind: [r for r in rows if r["type"] == kind] for kind in ("single", "two_hop", "unanswerable")}
@@ -161,6 +156,9 @@ def main(config: Config) -> dict:
         by_type["single"], pools["single"], documents, found, config.seed
     )
 
+    if not by_type["counterfactual"]:
+        del by_type["counterfactual"]
+
     settings: dict[str, tuple[str, Callable[[dict], list[Document]]]] = {
         "closed_book": ("single", lambda r: []),
         "oracle": ("single", lambda r: gold(r)[:1]),
@@ -186,7 +184,13 @@ def main(config: Config) -> dict:
     if empty := [name for name in wanted if settings[name][0] not in by_type]:
         raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
 
-    # 3. Ask and judge
+    # 3. How sure is sure enough?
+    if config.calibrate:
+        if {r["id"] for r in load_queries(config.calibrate)} & {r["id"] for r in rows}:
+            raise UserError("--calibrate has questions that --queries has, too; give it the validation questions")
+        model.confidence = calibrate(engine, manager, config)
+
+    # 4. Ask and judge
     table, log = {}, []
     for name in wanted:
         kind, choose = settings[name]
@@ -221,6 +225,9 @@ def main(config: Config) -> dict:
         "block_pattern": model.config.block_pattern,
     }
     result = {"rows": table, "config": used, "versions": versions()}
+    if config.calibrate and d.rank == 0:
+        settings_used = {"queries": config.calibrate, "retriever": manager.retriever_type, "top_k": config.top_k}
+        write_json(checkpoint / "meta.json", meta | {"confidence": model.confidence, "calibrated": settings_used})
     if config.output and d.rank == 0:
         write_json(config.output, result)
         write_jsonl(config.output.removesuffix(".json") + ".answers.jsonl", log)
@@ -262,8 +269,9 @@ def counterfactual(
 ) -> tuple[list[dict], dict[str, list[Document]]]:
     """The questions, and by their ids their gold documents, with names and answers exchanged.
 
-    The country gets an invented name, and the answer is that to one of `pool` about another country, where that can be
-    exchanged consistently. A document is taken to be as similar to its question as it was before (`found`).
+    The country gets an invented name, and the answer is that to one of `pool` about another country; questions where it
+    can't be exchanged consistently are left out. A document is taken to be as similar to its question as it was before
+    (`found`).
     """
     mix = RAGMix(absent=0, counterfactual=1, follow_up=0, max_docs=1)
     task = RAGTask(pool, {i: doc.to_dict() for i, doc in documents.items()}, mix, seed=seed)
@@ -272,6 +280,8 @@ def counterfactual(
     for row in rows:
         read, question, answer = task[places[row["id"]]]["messages"]
         wanted = strip_citations(answer["content"]).rstrip(".")
+        if wanted == row["answer"]:  # it could not be exchanged
+            continue
         asked.append({**row, "query": question["content"], "answer": wanted, "answers": [wanted]})
         known = {doc.id: doc.similarity for doc in found.get(row["id"], ())}
         docs = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]

@@ -24,7 +24,7 @@ from nanochat.retrieval import RetrievalManager
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
 from tasks.drills import LADDER, DrillStream
-from tasks.factbook import ChatPairs, load_documents, load_queries
+from tasks.factbook import ChatPairs, load_queries
 from tasks.fiction import make_world
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
 from tasks.retrieval_qa import retrieve_all
@@ -63,7 +63,7 @@ def main(config: Config) -> dict[str, float]:
     if config.top_k < 1:
         raise UserError(f"--top_k {config.top_k}: at least 1")
     manager = RetrievalManager(retriever_type=config.retriever_type, knowledge_base_path=config.knowledge_base)
-    documents = load_documents(Path(config.knowledge_base) / "documents.jsonl")
+    documents = {doc.id: doc.to_dict() for doc in manager.documents}
     queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
     train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")
 

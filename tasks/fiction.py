@@ -23,7 +23,6 @@ from pathlib import Path
 
 from nanochat.common import UserError, print0, write_jsonl
 from nanochat.config import run
-from nanochat.documents import Document
 from nanochat.rag_utils import ABSTENTION
 from tasks.fiction_words import (
     KINDS,
@@ -72,11 +71,6 @@ def make_world(split: str = "train", n_entities: int = 2000, seed: int = 0) -> W
         make.add_documents(e)
     queries = [row for e in entities for row in make.questions(e) + make.two_hops(e)]
     return World(make.documents, queries, [row for e in entities for row in make.contradictions(e)])
-
-
-def documents_of(world: World) -> list[Document]:
-    """The documents as retrieval takes them (build_kb, SimpleRetriever)."""
-    return [Document.from_dict(doc) for doc in world.documents.values()]
 
 
 class Maker(Names):

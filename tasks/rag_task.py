@@ -197,7 +197,7 @@ class RAGTask(Task):
         turns = [list(t) for t in turns]
         if len(shown) <= 2:  # with few documents an answer's other occurrences are easy to keep consistent
             for q, turn in zip(questions, turns):
-                others = self.by_relation.get(q.get("relation", ""), [])
+                others = [r for r in self.by_relation.get(q.get("relation", ""), []) if r["answer"] != q["answer"]]
                 if turn[1] == ABSTENTION or q["hops"] > 1 or not others or not q.get("relation"):
                     continue
                 new, old = rng.choice(others)["answer"], turn[1]

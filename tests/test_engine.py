@@ -343,3 +343,18 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
     assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
     assert np.mean([best(f).max() <= 0 for f in unknown]) > 0.95
     assert fitted == json.loads(json.dumps(fitted))
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        {},
+        {"messages": [{"role": "retrieval"}, {"role": "user", "content": "Q?"}]},
+        {"messages": [{"role": "retrieval", "documents": ["text"]}]},
+        {"messages": [{"role": "retrieval", "documents": [{"content": "x", "number": "3"}]}]},
+        {"messages": [{"role": "retrieval", "documents": [{"content": "x", "similarity": "high"}]}]},
+    ],
+)
+def test_what_is_no_conversation_is_refused_before_it_is_read(talk):
+    with pytest.raises(UserError):
+        make_engine("T").answer_each([talk])

@@ -13,7 +13,7 @@ from nanochat.documents import read_documents
 from nanochat.rag_utils import ABSTENTION, is_supported
 from tasks.common import whole_word
 from tasks.factbook import FACTBOOK, load_queries
-from tasks.fiction import Config, documents_of, main, make_world
+from tasks.fiction import Config, main, make_world
 from tasks.fiction_words import KINDS, PHRASES, RELATIONS, SPLITS
 from tasks.rag_task import FRAMES, RAGMix, RAGTask
 
@@ -55,7 +55,7 @@ def test_documents_have_the_agreed_form():
             assert all(s[0].isupper() or s[0].isdigit() for s in re.split(r"(?<=[.]) ", doc["content"])), doc["content"]
         told = Counter(p for row in world.queries if row["type"] == "single" for p in row["positive_ids"])
         assert min(told.values()) >= 6 and max(told.values()) <= 12
-        assert 1.1 * 300 < len(documents_of(world)) < 1.5 * 300
+        assert 1.1 * 300 < len(world.documents) < 1.5 * 300
 
 
 def test_answers_stand_where_they_are_cited_and_nowhere_twice():

@@ -384,3 +384,15 @@ def test_an_older_format_says_what_to_do(tmp_path):
     (tmp_path / "kb" / "kb.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="version 1, not 2; build it again with"):
         RetrievalManager("bm25", tmp_path / "kb")
+
+
+def test_a_write_leaves_other_folders_alone_and_torchrun_is_refused(tmp_path, monkeypatch):
+    build_kb(docs("a", "b"), tmp_path / "kb", "simple")
+    (tmp_path / ".kb.archived").mkdir()
+    (tmp_path / "kb" / ".DS_Store").write_text("a file manager's")
+    add_documents(tmp_path / "kb", docs("c"))
+    assert (tmp_path / ".kb.archived").is_dir()
+    build_kb(docs("a", "b"), tmp_path / "kb", "simple")  # what a file manager left is no reason to stop
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        add_documents(tmp_path / "kb", docs("d"))

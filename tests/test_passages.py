@@ -398,3 +398,17 @@ def test_where_nothing_can_be_read_the_error_says_why(tmp_path, name, content, s
 def test_sizes_that_make_no_sense_are_refused(tmp_path, chunk_tokens, overlap):
     with pytest.raises(UserError, match="at least 8"):
         read(tmp_path, "a.txt", "x", chunk_tokens=chunk_tokens, overlap=overlap)
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("one <br>two", "one \ntwo"),
+        ("<p>12 High St <br> London</p>", "12 High St \nLondon"),
+        ("a<br><br>b", "a\n\nb"),
+        ("<pre>x<br>y</pre>", "```\nx\ny\n```"),
+        ("<h1>A<br>B</h1>c", "# A B\n\nc"),
+    ],
+)
+def test_a_line_break_in_html_is_one(markup, text):
+    assert extract_module._html(markup)[0] == text

@@ -67,6 +67,7 @@ def test_what_a_threshold_does_is_drawn_where_there_are_confidences(tmp_path, mo
     rows = [{**answer, "row": "retrieved", "documents": ["a", "b"], "confidence": c} for c in (2.0, -1.0, 0.5)]
     rows += [{**answer, "row": "distractors_only", "documents": ["b"], "confidence": c} for c in (-2.0, 0.1)]
     (tmp_path / "evals" / "rag_eval.answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "evals" / "rag_eval.json").write_text(json.dumps({"rows": {}, "config": {"confidence": {"bias": 0}}}))
     (tmp_path / "evals" / "broken.answers.jsonl").write_text("{")
     write_report(tmp_path / "report", tmp_path / "evals")
     assert [f.name for f in (tmp_path / "report").glob("*_confidence.png")] == ["rag_eval_confidence.png"]

@@ -711,3 +711,23 @@ def test_the_example_is_consistent(tmp_path):
 def test_an_unknown_mode_is_refused(tmp_path):
     with pytest.raises(UserError, match="unknown --mode"):
         prepare_rag_dataset.main(prepare_rag_dataset.Config(mode="exmaple", output=str(tmp_path)))
+
+
+def test_a_file_that_was_edited_replaces_its_passages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(knowledge_base, "get_encoder", lambda name="": Checksums())
+    folder, kb = tmp_path / "files", str(tmp_path / "kb")
+    folder.mkdir()
+    (folder / "a.md").write_text("The bridge was opened in 1950.")
+    (folder / "b.md").write_text("The bakery opens at six.")
+    command = lambda *argv: retrieval.cli([argv[0], *argv[1:]])
+    command("prepare_kb", "--documents", str(folder), "--output", kb, "--type", "bm25")
+    (folder / "a.md").write_text("The bridge was opened in 1960.")
+    command("add", "--knowledge_base", kb, "--documents", str(folder), "--update", "true")
+    held = sorted(doc.content for doc in RetrievalManager(knowledge_base=kb).documents)
+    assert held == ["The bakery opens at six.", "The bridge was opened in 1960."]
+
+
+def test_whole_numbers_pass_a_filter_however_they_are_spelled():
+    docs = [Document(str(n), "t", "word", metadata={"year": year}) for n, year in enumerate((2020, 2020.0, 2021))]
+    for year in (2020, 2020.0, "2020"):
+        assert [doc.id for doc in SimpleRetriever(docs).retrieve("word", filters={"year": year})] == ["0", "1"]

@@ -589,7 +589,7 @@ def test_a_counterfactual_exchanges_the_answer_wherever_it_stands():
         assert doc["content"] == f"The main crop of {name} is {new}. Farmers in {name} have grown {new}, not ryegrass."
         assert query == f"What is the main crop of {name}?" and given == f"{new}. [{doc['number']}]" and name != "Chad"
         seen.add(new)
-    assert seen == {"rye", "rice"}
+    assert seen == {"rice"}
     assert docs["a"]["content"].startswith("The main crop of Chad is rye.")  # the knowledge base itself is untouched
 
 
