@@ -13,15 +13,18 @@ whole ones. `--block_pattern`, where given, must be the checkpoint's.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.nn as nn
 from tqdm import tqdm
 
 from nanochat.checkpoint_manager import load_model, parent_meta
 from nanochat.common import UserError, init_distributed, is_main, over_ranks, parse_pattern
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
+from nanochat.memory_estimate import checkpoint_shape, dry_run
 from nanochat.retrieval import RetrievalManager
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
@@ -55,9 +58,15 @@ class Config(TrainConfig):
     short_share: float = 0.08  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
+    keep_best: str = "one_score"  # metric that decides which checkpoint is loaded: the mean of one_f1 and one_abstains
 
 
 def main(config: Config) -> dict[str, float]:
+    if config.dry_run:
+        shape = checkpoint_shape(config.source, config.model_tag, config.source_step, config.block_pattern)
+        check_pattern(config, shape.block_pattern)
+        return dry_run(config, shape)
+
     # 1. Knowledge base and questions
     if not config.knowledge_base:
         raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
@@ -74,9 +83,7 @@ def main(config: Config) -> dict[str, float]:
         config.source, d.device, "train", config.model_tag or None, config.source_step or None
     )
     config.model_tag = config.model_tag or meta["tag"]
-    pattern = model.config.block_pattern
-    if config.block_pattern and parse_pattern(config.block_pattern) != pattern:
-        raise UserError(f"--block_pattern {config.block_pattern}, but the {config.source} checkpoint has {pattern}")
+    check_pattern(config, model.config.block_pattern)
     model.config.sequence_len = max(model.config.sequence_len, config.sequence_len)
 
     # 3. Data
@@ -114,14 +121,28 @@ def main(config: Config) -> dict[str, float]:
         "several": RAGTask(single, documents, several, val_found),
         "fiction": RAGTask([r for r in invented.queries if r["type"] == "single"], invented.documents, fixed),
     }
-    evals = [
-        Eval(name, config.eval_every, reading_eval(tokenizer, task, config.val_examples, prefix=f"{name}_"))
-        for name, task in asked.items()
-    ]
+    read = {name: reading_eval(tokenizer, task, config.val_examples, prefix=f"{name}_") for name, task in asked.items()}
+    evals = [Eval(name, config.eval_every, with_score(fn, name)) for name, fn in read.items()]
     return train(
         model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
         meta=parent_meta(meta) | {"knowledge_base": config.knowledge_base},
     )  # fmt: skip
+
+
+def with_score(fn: Callable[[nn.Module], dict[str, float]], name: str) -> Callable[[nn.Module], dict[str, float]]:
+    """`fn` of a reading evaluation, and NAME_score: a reader must answer and know when it can't, one as much as other."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        found = fn(model)
+        halves = [found[key] for key in (f"{name}_f1", f"{name}_abstains") if key in found]
+        return found | {f"{name}_score": sum(halves) / len(halves)}
+
+    return evaluate
+
+
+def check_pattern(config: Config, pattern: str) -> None:
+    if config.block_pattern and parse_pattern(config.block_pattern) != pattern:
+        raise UserError(f"--block_pattern {config.block_pattern}, but the {config.source} checkpoint has {pattern}")
 
 
 def retrieve_all(manager: RetrievalManager, rows: list[dict], top_k: int = 10) -> dict[str, list[str]]:
