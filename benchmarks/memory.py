@@ -108,6 +108,7 @@ def main(config: Config) -> None:
         name = f"{model} {batch}x{length}{' checkpointing' if checkpointing else ''}"
         megabytes = {"estimate_mb": found["peak"] / 1e6, "measured_mb": measured / 1e6}
         rows[name] = {"n": config.steps, **megabytes, "ratio": found["peak"] / measured}
+        print(f"{name}: estimate {found['peak'] / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB", flush=True)
     worst = max(abs(row["ratio"] - 1) for row in rows.values())
     report(rows, asdict(config), (), config.output)
     print(f"estimate / measured is off by {worst:.1%} at most; CPU paths only, a GPU's figure was never measured")

@@ -130,7 +130,7 @@ def main(config: Config) -> dict[str, float]:
 
 
 def with_score(fn: Callable[[nn.Module], dict[str, float]], name: str) -> Callable[[nn.Module], dict[str, float]]:
-    """`fn` of a reading evaluation, and NAME_score: a reader must answer and know when it can't, one as much as other."""
+    """`fn` of a reading evaluation, and NAME_score: answering and abstaining count alike."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         found = fn(model)
