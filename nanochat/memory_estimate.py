@@ -5,9 +5,9 @@
 
 Nothing is trained or loaded: the shape is enough. The tensors counted are those that nanochat/blocks, gpt.py and
 optim.py keep, path by path. On CPUs the paths are the compiled kernels', and benchmarks/memory.py compares the sum with
-measured peaks. That is tensors only; a process also has what its libraries took when they were imported. Of CUDA nothing was ever measured: the figure is the same count along the path that would run there
-(FlashAttention through SDPA, the kernels of mamba_ssm and causal_conv1d, the gated norm in eager fp32, fused RMSNorm),
-without the CUDA context, NCCL's buffers and the allocator's gaps: 1 to 2 GB more.
+measured peaks; what imports take comes on top. Of CUDA nothing was ever measured: the figure is the same count along
+the path that would run there (FlashAttention through SDPA, the kernels of mamba_ssm and causal_conv1d, the gated norm
+in eager fp32, fused RMSNorm), without the CUDA context, NCCL's buffers and the allocator's gaps: 1 to 2 GB more.
 
 Sizes are in bytes; C is the width, E = 2 C Mamba's inner width, H heads, s the bytes of the compute dtype.
 """
@@ -25,9 +25,10 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainConfig, micro_batches
 
 CHUNK = 64  # of the SSD scan on CPUs
-# What a CPU process has resident over its tensors, as training has glibc keep freed memory (keep_memory): the heap's
-# gaps. Fitted to the runs of benchmarks/memory.py, where it lay between 1.14 and 1.4; the count of tensors is not.
-GAPS = 1.25
+# What a CPU process has resident beyond its tensors: scratch of libraries, and the heap's gaps, as training has glibc
+# keep freed memory (keep_memory). Shares of what comes and goes, plain and with checkpointing, whose moments differ
+# more. These three are fitted to gpt and mamba at 2x512 and 8x512 in benchmarks/memory.py; the tensors are counted.
+SCRATCH, GAPS = 20e6, (0.3, 0.8)
 
 
 def kept(kind: str, c: GPTConfig, s: int, cuda: bool) -> float:
@@ -105,7 +106,9 @@ def memory(
     parts["or in the update, without activations"] = update
     parts["peak"] = staying + max(running + max(forward, backward, blocks), update)
     if not cuda:
-        parts["resident, with the heap's gaps"] = GAPS * parts["peak"]
+        parts["resident, with the heap's gaps"] = (
+            parts["peak"] + SCRATCH + GAPS[checkpointing] * (parts["peak"] - staying)
+        )
     return parts
 
 
