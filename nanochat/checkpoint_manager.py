@@ -73,7 +73,8 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
 def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Path:
     """The step folder meant by `source` (one of SOURCES, or a path to a step folder or run folder), tag and step.
 
-    Without a tag the run that was written to last, without a step its last. Raises UserError if there is none.
+    Without a tag the run that was written to last, without a step its best where it kept that, else its last. Raises
+    UserError if there is none.
     """
     if source in SOURCES:
         if model_tag:
@@ -93,7 +94,8 @@ def find_checkpoint(source: str, model_tag: str | None = None, step: int | None 
     if not steps:
         raise UserError(f"no checkpoint in {run}; known tags: {', '.join(_tags(source)) or 'none'}")
     if step is None:
-        return steps[-1][1]
+        best = read_meta(steps[-1][1]).get("best_step")
+        return dict(steps).get(best, steps[-1][1])
     for number, path in steps:
         if number == step:
             return path
@@ -140,7 +142,8 @@ def save_checkpoint(
     """Write run/step_xxxxxx; all ranks call it, each with its own `train_state`. Returns the folder.
 
     `meta` must be JSON; model_config, step, sizes, time and versions are added. Then all but the `keep_last` newest
-    steps are removed (0 keeps all). Raises UserError, on every rank, if any of them can't write; what was there stays.
+    steps (0 keeps all) and `meta`'s "best_step", if it names one, are removed. Raises UserError, on every rank, if any
+    of them can't write; what was there stays.
     """
     path = run / f"step_{step:06d}"
     if path.exists():  # resumed and stopped again before the next update: the same state
@@ -160,7 +163,9 @@ def save_checkpoint(
         kept = f"the last complete one is {last[-1][1]}" if last else "there is no earlier one"
         raise UserError(f"cannot save the checkpoint {path}: {e.strerror or e}; {kept}") from e
     if dist_info.rank == 0 and keep_last > 0:
-        for _, old in list_steps(run)[:-keep_last]:
+        for number, old in list_steps(run)[:-keep_last]:
+            if number == meta.get("best_step"):
+                continue
             hidden = old.with_name(f".{old.name}.removed")  # a kill in mid-removal leaves no half checkpoint
             old.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)

@@ -64,9 +64,12 @@ class TrainConfig:
     eval_every: int = 100  # steps between validations (0: only at the end)
     save_every: int = 0  # steps between checkpoints (0: only at the end)
     keep_last: int = 1  # checkpoints to keep (0: all)
+    keep_best: str = ""  # keep also the checkpoint with the best (highest) of this metric: that is the one to be loaded
+    early_stop: int = 0  # end after so many validations in a row without a better --keep_best (0: never)
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one
     compile: bool = False  # torch.compile every block: worth a minute or two on long runs only
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, a third more time
+    dry_run: bool = False  # print parameters, FLOPs and an estimate of the memory instead of training
 
 
 @dataclass
@@ -137,7 +140,7 @@ def train(
     defaults to `model.param_groups(...)` with the config's rates. `meta` goes into every checkpoint's meta.json.
     """
     d = dist_info or init_distributed(config.device)
-    accumulate = _micro_batches(config, loader, d)
+    accumulate = micro_batches(config, loader, d)
     tag = config.model_tag or f"d{model.config.n_layer}"
     run = ckpt.run_dir(source, tag)
     _seed(config.seed + d.rank)
@@ -160,7 +163,8 @@ def train(
         else:
             ckpt.put_aside(run)
         run.mkdir(parents=True, exist_ok=True)
-    done = complete = run_progress(now.step, now.seconds, config) >= 1.0
+    ended = lambda: run_progress(now.step, now.seconds, config) >= 1.0 or 0 < config.early_stop <= now.worse
+    done = complete = ended()
     n_params = sum(p.numel() for p in model.parameters())
     per_step = accumulate * loader.batch_size * loader.sequence_len * d.world_size
     print0(
@@ -176,6 +180,7 @@ def train(
             "rng": _rng_state(d.device),
         }
         info = {"source": source, "tag": tag, "config": asdict(config), "metrics": now.metrics, "tokens": now.tokens}
+        info |= {"best_step": now.best_step} if now.best_step else {}
         return ckpt.save_checkpoint(run, now.step, model, tokenizer, (meta or {}) | info, state, d, config.keep_last)
 
     with _catch_signals() as caught, Log(run, now.step, config, source, d) as log:
@@ -213,26 +218,30 @@ def train(
             now.loss = loss if now.step == 1 else 0.95 * now.loss + 0.05 * loss
             clock = end
             progress = run_progress(now.step, now.seconds, config)
-            done = progress >= 1.0
             log.step(now, progress, {
                 "loss": loss, "grad_norm": norm, "lr_factor": factor, "targets": int(total), "tokens": now.tokens,
                 "seconds": round(now.seconds, 3), "tokens_per_second": round(per_step / (end - begin)),
             })  # fmt: skip
 
             # 3. Evaluate, save, stop
+            better = False
             try:
-                for e in evals:
-                    if done or (e.every and now.step % e.every == 0):
+                due = lambda e: bool(e.every) and now.step % e.every == 0
+                for e in sorted(evals, key=due, reverse=True):  # one that is due may end the run, and then all are
+                    if due(e) or ended():
                         model.eval()
                         found = {name: float(value) for name, value in e.fn(model).items()}
                         model.train()
                         now.metrics |= found
                         log.eval(now.step, e.name, found)
+                        if config.keep_best in found:
+                            better = now.judge(_over_ranks(found[config.keep_best], d, "max"))
             except Exception:  # whatever an evaluation trips over, the training so far is kept
                 if d.world_size == 1:  # saving takes all ranks, and the others may be well
                     save()
                 raise
-            if done or stop or (config.save_every and now.step % config.save_every == 0):
+            done = ended()
+            if done or stop or better or (config.save_every and now.step % config.save_every == 0):
                 now.metrics["loss"] = now.loss
                 saved = save()
             if stop and not done:
@@ -240,6 +249,12 @@ def train(
                 print0(f"stopped by {signal.Signals(stop).name}: saved {saved}; continue with --resume true")
                 sys.exit(128 + stop)
 
+    if config.keep_best and config.keep_best not in now.metrics:
+        print0(
+            f"--keep_best {config.keep_best}: no such metric, so the last counts; there are {', '.join(now.metrics)}"
+        )
+    elif now.best_step not in (0, now.step):
+        print0(f"{source}/{tag}: the best {config.keep_best} was {now.best:.4g} at step {now.best_step}, which is kept")
     if not complete and (used := _data_use(loader)):
         print0(f"{source}/{tag}: {used}")
     return now.metrics | {"step": now.step, "tokens": now.tokens, "minutes": round(now.seconds / 60, 2)}
@@ -254,6 +269,17 @@ class Progress:
     seconds: float = 0.0
     loss: float = 0.0  # running mean of the training loss, over about 20 steps
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of every evaluation
+    best: float = -math.inf  # of the metric `keep_best`
+    best_step: int = 0  # where that was; 0: never
+    worse: int = 0  # validations since
+
+    def judge(self, value: float) -> bool:
+        """Note a value of `keep_best`; whether it is the best so far."""
+        if better := value > self.best:
+            self.best, self.best_step, self.worse = value, self.step, 0
+        else:
+            self.worse += 1
+        return better
 
 
 class Log:
@@ -330,13 +356,15 @@ def _open_metrics(path: Path, step: int):
 # Before the first step
 
 
-def _micro_batches(config: TrainConfig, loader: Any, d: Dist) -> int:
+def micro_batches(config: TrainConfig, loader: Any, d: Dist) -> int:
     """Check the numbers a user can get wrong; the micro-batches each rank does in a step."""
     if config.num_iterations < 1:
         raise UserError(f"--num_iterations {config.num_iterations}: at least 1")
-    for name in ("max_minutes", "total_batch_size", "grad_clip", "eval_every", "save_every", "keep_last"):
+    for name in ("max_minutes", "total_batch_size", "grad_clip", "eval_every", "save_every", "keep_last", "early_stop"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name} {getattr(config, name)}: 0 or more")
+    if config.early_stop and not config.keep_best:
+        raise UserError("--early_stop needs --keep_best, the name of the metric that decides")
     for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} {getattr(config, name)}: between 0 and 1")

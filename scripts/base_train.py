@@ -19,6 +19,7 @@ from nanochat.dataloader import PackedLoader
 from nanochat.dataset import TextStream, load_texts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import text_validation
+from nanochat.memory_estimate import dry_run, vocabulary
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import MixStream, check_shares
@@ -42,16 +43,14 @@ class Config(TrainConfig):
 
 def main(config: Config) -> dict[str, float]:
     # 1. Model
+    shape = {"depth": config.depth, "pattern": config.block_pattern, "n_embd": config.n_embd}
+    shape["sequence_len"] = config.sequence_len
+    if config.dry_run:
+        return dry_run(config, GPTConfig.from_depth(**shape, vocab_size=vocabulary(config.depth)))
     d = init_distributed(config.device)
     tokenizer = Tokenizer.load(get_base_dir() / "tokenizer")
     torch.manual_seed(config.seed)
-    model_config = GPTConfig.from_depth(
-        config.depth,
-        config.block_pattern,
-        vocab_size=tokenizer.vocab_size,
-        sequence_len=config.sequence_len,
-        n_embd=config.n_embd,
-    )
+    model_config = GPTConfig.from_depth(**shape, vocab_size=tokenizer.vocab_size)
     model = GPT(model_config)
     model.init_weights()
     print0(f"{model_config.block_pattern}, width {model_config.n_embd}, parameters: {model.num_params()}")

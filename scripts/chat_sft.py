@@ -13,6 +13,7 @@ from nanochat.checkpoint_manager import load_model, parent_meta
 from nanochat.common import init_distributed
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
+from nanochat.memory_estimate import checkpoint_shape, dry_run
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture, answer_loss
 from tasks.factbook import ChatPairs, FactbookQA, load_documents, load_queries
@@ -34,6 +35,8 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> dict[str, float]:
+    if config.dry_run:
+        return dry_run(config, checkpoint_shape(config.source, config.source_tag, config.source_step))
     d = init_distributed(config.device)
     model, tokenizer, meta = load_model(
         config.source, d.device, "train", config.source_tag or None, config.source_step or None

@@ -16,6 +16,7 @@ from nanochat.config import run
 from nanochat.dataloader import PackedLoader
 from nanochat.dataset import TextStream, load_texts
 from nanochat.loss_eval import text_validation
+from nanochat.memory_estimate import checkpoint_shape, dry_run
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
 from tasks.drills import LADDER, DrillStream, drill_accuracy
@@ -40,6 +41,8 @@ class Config(TrainConfig):
 
 def main(config: Config) -> dict[str, float]:
     # 1. Model
+    if config.dry_run:
+        return dry_run(config, checkpoint_shape(config.source, config.source_tag, config.source_step))
     d = init_distributed(config.device)
     model, tokenizer, meta = load_model(
         config.source, d.device, "train", config.source_tag or None, config.source_step or None

@@ -9,7 +9,8 @@ document alone or among distractors, many of them what the retriever finds; in a
 missing and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch
 (tasks/rag_task.py). One document at a time is most of the practice, because that is how answers are given by default
 (Engine.focus): the model has to know whether this one answers. Then several cut to three sentences, then several
-whole ones. `--block_pattern`, where given, must be the checkpoint's.
+whole ones. `--keep_best one_score` (the mean of F1 and abstention over one document) with `--early_stop 3` keeps the
+best checkpoint and stops when it gets no better. `--block_pattern`, where given, must be the checkpoint's.
 """
 
 import random
@@ -20,6 +21,7 @@ from nanochat.checkpoint_manager import load_model, parent_meta
 from nanochat.common import UserError, init_distributed, parse_pattern
 from nanochat.config import run
 from nanochat.dataloader import PackedLoader
+from nanochat.memory_estimate import checkpoint_shape, dry_run
 from nanochat.retrieval import RetrievalManager
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
@@ -57,6 +59,11 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> dict[str, float]:
+    if config.dry_run:
+        shape = checkpoint_shape(config.source, config.model_tag, config.source_step, config.block_pattern)
+        check_pattern(config, shape.block_pattern)
+        return dry_run(config, shape)
+
     # 1. Knowledge base and questions
     if not config.knowledge_base:
         raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
@@ -73,9 +80,7 @@ def main(config: Config) -> dict[str, float]:
         config.source, d.device, "train", config.model_tag or None, config.source_step or None
     )
     config.model_tag = config.model_tag or meta["tag"]
-    pattern = model.config.block_pattern
-    if config.block_pattern and parse_pattern(config.block_pattern) != pattern:
-        raise UserError(f"--block_pattern {config.block_pattern}, but the {config.source} checkpoint has {pattern}")
+    check_pattern(config, model.config.block_pattern)
     model.config.sequence_len = max(model.config.sequence_len, config.sequence_len)
 
     # 3. Data
@@ -121,6 +126,11 @@ def main(config: Config) -> dict[str, float]:
         model, loader, config, source="rag", tokenizer=tokenizer, evals=evals, dist_info=d,
         meta=parent_meta(meta) | {"knowledge_base": config.knowledge_base},
     )  # fmt: skip
+
+
+def check_pattern(config: Config, pattern: str) -> None:
+    if config.block_pattern and parse_pattern(config.block_pattern) != pattern:
+        raise UserError(f"--block_pattern {config.block_pattern}, but the {config.source} checkpoint has {pattern}")
 
 
 if __name__ == "__main__":

@@ -356,8 +356,8 @@ def reading_eval(
 ) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation for the training loop: answers to `n` examples of `task`, first question only, greedily decoded.
 
-    Gives exact match and F1 of those with their gold document, and how often the others abstain; `prefix` begins the
-    names of the three.
+    Gives exact match and F1 of those with their gold document, how often the others abstain, and as `score` the mean of
+    the latter two; `prefix` begins their names.
     """
     task.epoch = 10**6  # draws that training doesn't see even on the same questions
     picked = random.Random(0).sample(range(len(task)), min(n, len(task)))
@@ -380,6 +380,7 @@ def reading_eval(
                 em.append(exact_match(strip_citations(got), gold))
         mean = lambda xs: sum(xs) / max(1, len(xs))
         out = ({"f1": mean(f1), "em": mean(em)} if f1 else {}) | ({"abstains": mean(abstained)} if abstained else {})
+        out["score"] = mean([out[name] for name in ("f1", "abstains") if name in out])
         return {prefix + name: value for name, value in out.items()}
 
     return evaluate

@@ -11,9 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.common import UserError, atomic_dir, init_distributed
+from nanochat.common import UserError, atomic_dir, human, init_distributed, parse_pattern
 from nanochat.config import load_config_file, parse, run
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory_estimate import memory
+from scripts import base_train, rag_finetune
 
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 SCRIPTS = sorted(p.stem for p in (Path(__file__).parent.parent / "scripts").glob("[!_]*.py"))
 
 
@@ -112,6 +116,47 @@ def test_every_script_explains_each_of_its_options(script, capsys):
         line = next(part for part in out.split("\n  -")[1:] if part.startswith(f"-{name} ") or f" --{name} " in part)
         words = line.replace("\n", " ").partition("(default:")[0].split()
         assert len(words) >= 3, f"--{name} of {script} has no meaning in its help: {line}"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_file_of_configs_is_read_by_the_script_in_its_name(file):
+    """rag_*.py are scripts.rag_finetune's; the pattern is one that `--block_pattern` gives at that depth."""
+    config = parse(import_module(f"scripts.{file.stem.partition('_')[0]}_finetune").Config, ["--config", str(file)])
+    pattern = parse_pattern(config.block_pattern)
+    preset = file.stem.split("_")[1]
+    vocab = {"vocab_size": 8192}
+    assert pattern == GPTConfig.from_depth(len(pattern), preset, **vocab).block_pattern
+    assert len(pattern) == (20 if file.stem.endswith("d20") else 6)
+    assert config.total_batch_size % (config.device_batch_size * config.sequence_len * 8) == 0
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_a_dry_run_needs_neither_checkpoint_nor_knowledge_base_nor_gpu(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    run(rag_finetune.main, rag_finetune.Config, ["--config", str(file), "--device", "cuda", "--dry_run", "true"])
+    out = capsys.readouterr().out
+    assert "8 processes" in out and "never measured on a GPU" in out and "gradient_checkpointing" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_pretraining_tells_what_the_model_would_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    small = ["--depth", "2", "--block_pattern", "MT", "--n_embd", "64", "--sequence_len", "128", "--device", "cpu"]
+    run(base_train.main, base_train.Config, [*small, "--dry_run", "true"])
+    model = GPT(GPTConfig.from_depth(2, "MT", vocab_size=8192, sequence_len=128, n_embd=64))
+    counts = model.num_params()
+    assert f"total {human(counts['total'])}" in (out := capsys.readouterr().out)
+    assert human(model.flops_per_token()) + " a trained token" in out
+    found = memory(model.config, 8, 128, "cpu", torch.float32)
+    assert found["weights"] == found["gradients"] == 4 * counts["total"]
+    matrices = sum(p.numel() for b in model.blocks for p in b.parameters() if p.ndim == 2)
+    assert found["optimizer"] == 4 * (2 * counts["total"] - matrices)  # Muon keeps one number, AdamW two
+    again = memory(model.config, 8, 128, "cpu", torch.float32, checkpointing=True)
+    assert again["peak"] < found["peak"]
+    with pytest.raises(SystemExit) as end:
+        run(base_train.main, base_train.Config, [*small, "--dry_run", "true", "--total_batch_size", "1000"])
+    assert end.value.code == 2 and "not a multiple" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -838,7 +838,7 @@ def test_reading_eval_runs_on_a_real_model_and_gives_shares(tiny, documents, row
     single = [r for r in rows.values() if r["type"] == "single"]
     task = RAGTask(single, documents, RAGMix(absent=0.5, min_docs=1, max_docs=1, counterfactual=0))
     found = reading_eval(BYTES, task, 6, max_tokens=4)(tiny)
-    assert set(found) == {"f1", "em", "abstains"} and all(0 <= v <= 1 for v in found.values())
+    assert set(found) == {"f1", "em", "abstains", "score"} and all(0 <= v <= 1 for v in found.values())
 
 
 def test_answer_loss_is_the_mean_over_what_the_assistant_says(tiny):

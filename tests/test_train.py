@@ -292,6 +292,57 @@ def test_keep_last_removes_older_checkpoints():
     assert [step for step, _ in ckpt.list_steps(ckpt.run_dir("base", "d2"))] == [6, 8]
 
 
+class Scores:
+    """An evaluation every second step that gives these values, one after the other."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def __call__(self, model):
+        return {"score": self.values.pop(0)}
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(capsys):
+    tiny_run(evals=[Eval("", 2, Scores(0.1, 0.5, 0.5, 0.2))], keep_best="score")
+    run = ckpt.run_dir("base", "d2")
+    assert [step for step, _ in ckpt.list_steps(run)] == [4, 8]
+    assert find_checkpoint("base").name == find_checkpoint(str(run)).name == "step_000004"
+    assert find_checkpoint("base", step=8).name == "step_000008"
+    assert load_model("base")[2]["metrics"]["score"] == 0.5
+    assert "the best score was 0.5 at step 4" in capsys.readouterr().out
+    shutil.rmtree(run / "step_000004")
+    assert find_checkpoint("base").name == "step_000008"
+
+
+def test_a_run_without_better_validations_stops_early_and_stays_stopped(capsys):
+    scores, last = Scores(0.3, 0.2, 0.1, 0.9), Eval("last", 0, lambda m: {"told": 1.0})
+    final = tiny_run(evals=[last, Eval("", 2, scores)], keep_best="score", early_stop=2)
+    assert final["step"] == 6 and final["told"] == 1.0 and scores.values == [0.9]
+    assert find_checkpoint("base").name == "step_000002"
+    again = tiny_run(evals=[Eval("", 2, scores)], keep_best="score", early_stop=2, resume=True)
+    assert again == final and "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [3, 4, 5])
+def test_a_resumed_run_remembers_its_best(cut):
+    options = {"keep_best": "score", "early_stop": 2, "num_iterations": 12}
+    values = (0.1, 0.6, 0.5, 0.4, 0.7)
+    tiny_run("whole", evals=[Eval("", 2, Scores(*values))], **options)
+    stop = Eval("", cut, lambda m: signal.raise_signal(signal.SIGINT) or {})
+    with pytest.raises(SystemExit):
+        tiny_run("cut", evals=[Eval("", 2, Scores(*values)), stop], **options)
+    tiny_run("cut", evals=[Eval("", 2, Scores(*values[cut // 2 :]))], resume=True, **options)
+    assert losses("cut") == losses("whole") and len(losses("cut")) == 8
+    for tag in ("whole", "cut"):
+        assert [step for step, _ in ckpt.list_steps(ckpt.run_dir("base", tag))] == [4, 8]
+        assert find_checkpoint("base", tag).name == "step_000004"
+
+
+def test_a_metric_that_nobody_gives_is_named(capsys):
+    tiny_run(evals=[Eval("", 0, lambda m: {"f1": 0.5})], keep_best="f2")
+    assert "--keep_best f2: no such metric, so the last counts; there are f1, loss" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Two processes
 
@@ -507,6 +558,8 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
         ({"warmup_ratio": 2.0}, "between"),
         ({"total_batch_size": -64}, "--total_batch_size -64: 0 or more"),
         ({"keep_last": -1}, "--keep_last -1"),
+        ({"early_stop": -1}, "--early_stop -1"),
+        ({"early_stop": 3}, "--early_stop needs --keep_best"),
         ({"eval_every": -1}, "--eval_every -1"),
         ({"save_every": -3}, "--save_every -3"),
         ({"grad_clip": -1.0}, "--grad_clip"),
