@@ -824,7 +824,7 @@ def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkey
             return [by[c["messages"][-1]["content"]] + ". [1]" for c in conversations]
 
     monkeypatch.setattr(rag_task, "Engine", Knows)
-    for absent, metrics in ((0, {"f1": 1.0, "em": 1.0}), (1, {"abstains": 0.0})):
+    for absent, metrics in ((0, {"f1": 1.0, "em": 1.0, "score": 1.0}), (1, {"abstains": 0.0, "score": 0.0})):
         task = RAGTask(single, documents, RAGMix(absent, counterfactual=0, follow_up=1, max_docs=2))
         assert reading_eval(BYTES, task, 30)(tiny) == metrics
     assert len(asked) == 60 and all(len(c["messages"]) == 2 for c in asked)
