@@ -830,7 +830,7 @@ def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkey
     assert len(asked) == 60 and all(len(c["messages"]) == 2 for c in asked)
     two = MultiHopRAGTask(list(rows.values()), documents, RAGMix(0, counterfactual=0, max_docs=1))
     single = two.rows
-    assert reading_eval(BYTES, two, 10)(tiny) == {"f1": 1.0, "em": 1.0}
+    assert reading_eval(BYTES, two, 10)(tiny) == {"f1": 1.0, "em": 1.0, "score": 1.0}
     assert [m["role"] for m in asked[-1]["messages"]] == ["retrieval", "retrieval", "user"]
 
 
