@@ -187,7 +187,10 @@ def _read_info(path: Path) -> dict:
     if not (path / "kb.json").is_file():
         how = "python -m nanochat.retrieval prepare_kb --documents docs.jsonl --output kb"
         raise UserError(f"{path} is not a knowledge base (no kb.json in it); make one with {how}")
-    info = read_json(path / "kb.json")
+    try:
+        info = read_json(path / "kb.json")
+    except UserError as e:
+        raise UserError(f"{e}; delete the folder and {REBUILD}") from e
     if not isinstance(info, dict) or info.get("format") != "nanochat-kb" or not isinstance(info.get("files"), dict):
         raise UserError(f"{path}/kb.json is not that of a knowledge base; {REBUILD}")
     if info.get("version") != KB_VERSION:
@@ -412,7 +415,9 @@ def _change(path: str | Path, new: list[Document], ids: Sequence[str], replace: 
         everything, keep = kb.everything, kb.keep
         known = everything.find([doc.id for doc in new], keep)
         if known and not replace:
-            raise UserError(f"the id {next(iter(known))!r} is already in {path}; update replaces documents")
+            raise UserError(
+                f"the id {next(iter(known))!r} is already in {path}; --update true (replace=True) replaces documents"
+            )
         known |= everything.find(ids, keep)
         if missing := [i for i in ids if i not in known]:
             raise UserError(f"{path} has no document with the id {missing[0]!r}")

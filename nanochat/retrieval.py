@@ -315,6 +315,11 @@ def _summary(path: str) -> None:
 def prepare_kb(config: PrepareConfig) -> None:
     _require(config, "documents", "output")
     init_distributed("cpu")
+    check_choice("retriever type", config.type, TYPES)
+    if Path(config.output).is_file():
+        raise UserError(f"--output {config.output} is a file; name a folder")
+    if (Path(config.output) / "kb.json").is_file():
+        print0(f"{config.output}: a knowledge base, which is replaced when the new one is complete")
     how = {"chunk_tokens": config.chunk_tokens, "overlap": config.overlap}
     if config.split:
         how["chunk"] = True
@@ -334,13 +339,22 @@ def add(config: AddConfig) -> None:
         files, ids = {doc.source for doc in documents if "start" in doc.metadata}, {doc.id for doc in documents}
         old = open_kb(config.knowledge_base).documents if files else ()
         outdated = [doc.id for doc in old if doc.source in files and "start" in doc.metadata and doc.id not in ids]
-    add_documents(config.knowledge_base, documents, config.update, outdated)
+    kb = open_kb(config.knowledge_base)
+    known = kb.everything.find([doc.id for doc in documents], kb.keep)  # ids of passages say what is in them
+    new = [doc for doc in documents if not ("start" in doc.metadata and doc.id in known)]
+    if len(new) < len(documents):
+        print0(f"{len(documents) - len(new)} passages are there already")
+    if new or outdated:
+        add_documents(config.knowledge_base, new, config.update, outdated)
     _summary(config.knowledge_base)
 
 
 def remove(config: RemoveConfig) -> None:
     _require(config, "knowledge_base", "ids")
-    remove_documents(config.knowledge_base, [i.strip() for i in config.ids.split(",") if i.strip()])
+    ids = [i.strip() for i in config.ids.split(",") if i.strip()]
+    if not ids:
+        raise UserError("--ids names no document; query shows ids")
+    remove_documents(config.knowledge_base, ids)
     _summary(config.knowledge_base)
 
 
@@ -374,9 +388,12 @@ def query(config: QueryConfig) -> None:
     )
     found = manager.retrieve(config.query, config.top_k, rerank=config.rerank)
     for n, doc in enumerate(found, 1):
-        print0(f"{doc.score:.4f}  {document_text(doc, n)}\n")
+        print0(f"{doc.score:.4f}  {doc.id}\n{document_text(doc, n)}\n")
     if not found:
-        print0("no document shares a word with the query" + (" and passes the filters" if config.filters else ""))
+        asked = config.filters or config.min_score is not None
+        print0(
+            "no document shares a word with the query" + (" and passes the filters and --min_score" if asked else "")
+        )
 
 
 def judge(ranked: list[str], gold: list[str]) -> dict[str, float]:
@@ -391,7 +408,9 @@ def evaluate(config: EvalConfig) -> dict:
     info = kb_info(config.knowledge_base)
     if config.max_examples < 0:
         raise UserError(f"--max_examples {config.max_examples}: at least 0 (0 takes all)")
-    rows = [row for row in read_jsonl(config.queries, ("query", "positive_ids")) if row["positive_ids"]]
+    if config.output and Path(config.output).is_dir():
+        raise UserError(f"--output {config.output} is a folder; name a file")
+    rows = [row for row in read_jsonl(config.queries, ("query",)) if row.get("positive_ids")]
     for row in rows:
         ids = row["positive_ids"]
         if not isinstance(row["query"], str) or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
@@ -399,7 +418,7 @@ def evaluate(config: EvalConfig) -> dict:
     if config.max_examples and len(rows) > config.max_examples:
         rows = random.Random(config.seed).sample(rows, config.max_examples)
     if not rows:
-        raise UserError(f"{config.queries} has no question with positive_ids")
+        raise UserError(f"{config.queries} has no question with positive_ids, the documents that answer it")
     kinds = sorted({str(row.get("type", "all")) for row in rows})
     result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config)}
     result["versions"] = versions("bm25s", "faiss-cpu")

@@ -22,7 +22,8 @@ from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, str
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
-HELP = """/docs   the passages of the last answer in full
+HELP = """With a knowledge base every question stands for itself, unless passages are read together.
+/docs   the passages of the last answer in full
 /clear  forget the conversation
 /quit   leave (so do Ctrl-D, and Ctrl-C at the prompt)"""
 
@@ -97,13 +98,15 @@ class Chat:
     def _conversation(self, question: str) -> dict:
         """The messages to send: system, as many of the last turns as a quarter of the context holds, the question.
 
-        Only the question's own passages are sent along: those of earlier ones would crowd them out. Citations of
-        earlier answers go with their passages, whose numbers are given out anew.
+        Passages read one by one are asked this question alone: the model learned to read so, and earlier answers about
+        other passages mislead it. Together, only the question's own passages are sent along: those of earlier ones
+        would crowd them out. Citations of earlier answers go with their passages, whose numbers are given out anew.
         """
         c, count = self.config, self.engine.tokenizer.encode_text
         budget = self.engine.model.config.sequence_len // 4
         history: list[dict] = []
-        for asked, answered in reversed(self.turns):
+        alone = self.manager and c.read == "each"
+        for asked, answered in reversed(() if alone else self.turns):
             answered = strip_citations(answered) if self.manager else answered
             budget -= len(count(asked)) + len(count(answered)) + 4
             if budget < 0:
@@ -206,7 +209,11 @@ def main(config: Config) -> None:
         model, tokenizer, _ = load_model(
             config.source, device, "eval", model_tag=config.model_tag, step=config.step, dtype=config.dtype
         )
-    chat = Chat(Engine(model, tokenizer), manager, config)
+        engine = Engine(model, tokenizer)
+        engine.generate(
+            [[tokenizer.bos] * 70], max_tokens=2
+        )  # what has to be compiled is compiled before the first question
+    chat = Chat(engine, manager, config)
     # 3. Talk
     if config.prompt is None:
         with contextlib.suppress(ImportError):
@@ -215,7 +222,7 @@ def main(config: Config) -> None:
         return
     for piece in chat.ask(config.prompt):
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
     if lines := chat.sources():
         print("\n".join(lines), file=sys.stderr)
 

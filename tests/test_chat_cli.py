@@ -121,12 +121,16 @@ def test_a_conversation_marks_cited_passages_and_obeys_its_commands(home, monkey
     assert out.count("/clear  forget") == 2
 
 
-def test_turns_are_remembered_without_their_citations_and_passages(home, monkeypatch, capsys):
+@pytest.mark.parametrize("read", ["each", "together"])
+def test_turns_are_remembered_without_their_citations_where_passages_are_read_together(home, monkeypatch, read):
     engines = []
     monkeypatch.setattr(chat_cli, "Engine", lambda *a: engines.append(FixedEngine(*a)) or engines[0])
-    argv = ["--knowledge_base", str(home / "kb"), "--top_k", "1", "--system", "Be brief."]
+    argv = ["--knowledge_base", str(home / "kb"), "--top_k", "1", "--system", "Be brief.", "--read", read]
     assert cli(monkeypatch, *argv, stdin="The river of Freedonia?\nAnd the capital of Freedonia?\n") == 0
     text = engines[0].tokenizer.decode(engines[0].asked)
+    if read == "each":
+        assert text.startswith("<|bos|><|system_start|> Be brief.<|system_end|><|retrieval_start|> And the capital")
+        return
     assert text.startswith("<|bos|><|system_start|> Be brief.<|system_end|><|user_start|> The river of Freedonia?")
     assert "<|assistant_start|> The Long River.<|assistant_end|>" in text
     assert text.count("<|doc_start|>") == 1 and text.index("Oldtown") < text.rindex("And the capital")
