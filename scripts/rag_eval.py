@@ -98,7 +98,7 @@ def main(config: Config) -> dict:
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     d = init_distributed(config.device)
-    manager = RetrievalManager(retriever_type=config.retriever_type, knowledge_base_path=config.knowledge_base)
+    manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc for doc in manager.documents}
     rows = load_queries(config.queries)
     checkpoint = find_checkpoint(config.source, config.model_tag or None, config.step or None)
@@ -142,7 +142,7 @@ def main(config: Config) -> dict:
 
     @cache
     def opened(type: str) -> RetrievalManager:
-        return RetrievalManager(type, config.knowledge_base)
+        return RetrievalManager(type, config.knowledge_base, cached=True)
 
     def by_retriever(type: str, row: dict) -> list[Document]:
         return opened(type).retrieve(row["query"], config.top_k)

@@ -69,7 +69,7 @@ def main(config: Config) -> dict[str, float]:
         raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
     if config.top_k < 1:
         raise UserError(f"--top_k {config.top_k}: at least 1")
-    manager = RetrievalManager(retriever_type=config.retriever_type, knowledge_base_path=config.knowledge_base)
+    manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc.to_dict() for doc in manager.documents}
     queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
     train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")

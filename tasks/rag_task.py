@@ -100,8 +100,12 @@ class RAGTask(Task):
         if rng.random() < mix.follow_up:
             questions += self._follow_ups(row, shown, rng)
         if mix.sentences:
+            whole = {
+                p for q in questions if q["hops"] > 1 for p in q["positive_ids"]
+            }  # who leads to whom may be anywhere
             for doc in shown:
-                doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
+                if doc["id"] not in whole:
+                    doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
         if len(shown) == 1:  # any number may stand at a document read alone (Engine.focus)
             shown[0]["number"] = rng.randint(1, 9)
         turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]

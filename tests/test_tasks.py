@@ -808,6 +808,18 @@ def tiny():
     return model.eval()
 
 
+def test_what_a_two_hop_question_needs_is_never_cut(rows, documents):
+    two = [r for r in rows.values() if r["hops"] > 1][:60]
+    task = RAGTask(two, documents, RAGMix(absent=0, counterfactual=0, follow_up=0, min_docs=4, max_docs=4, sentences=1))
+    cut = 0
+    for row, talk in zip(two, task):
+        for doc in talk["messages"][0]["documents"]:
+            whole = doc["content"] == documents[doc["id"]]["content"]
+            assert whole or doc["id"] not in row["positive_ids"]
+            cut += not whole
+    assert cut > 60
+
+
 def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkeypatch):
     single = [r for r in rows.values() if r["type"] == "single"][:100]
     asked = []
