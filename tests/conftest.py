@@ -7,14 +7,20 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE":
 
 import pkgutil
 import socket
+import threading
 from importlib import import_module
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from nanochat import blocks
 
 LOCAL = {"localhost", "localhost.localdomain", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname(), "", None}
+
+# Tests fork and kill children. tqdm's own lock is shared with them, and one that dies holding it blocks us for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def pytest_configure(config):
