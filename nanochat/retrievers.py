@@ -60,9 +60,9 @@ def bm25_index(documents: Sequence[Document], method: str = "lucene") -> tuple[A
 def dense_index(vectors: np.ndarray, kind: str = "auto", seed: int = 0) -> tuple[Any, dict]:
     """Unit vectors (n, dims) float32 -> a faiss index by inner product, and what kb.json says about it.
 
-    auto: exact (flat) below 50,000, HNSW up to 200,000 (its build, a minute per 100,000 on one core, grows faster than
-    the collection), IVF up to two million, IVF-PQ above. How far the approximate ones search is
-    chosen so that they find 95 % of the ten nearest of 200 queries: stored vectors, moved by half their length.
+    auto: exact (flat) below 50,000, HNSW up to 200,000 (its build grows faster than the collection), IVF up to two
+    million, IVF-PQ above. How far the approximate ones search is chosen so that they find 95 % of the ten nearest of
+    200 queries: stored vectors, moved by half their length.
     """
     import faiss
 
