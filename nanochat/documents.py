@@ -34,6 +34,12 @@ class Document:
         """What is indexed."""
         return f"{self.title}\n{self.content}"
 
+    def shown(self) -> dict:
+        """The document of a retrieval message: what the model, the reader and the user go by."""
+        keys = ("id", "title", "content", "score", "similarity", "source")
+        date = {"date": str(self.metadata["date"])} if self.metadata.get("date") else {}
+        return {key: getattr(self, key) for key in keys} | date
+
     def to_dict(self) -> dict:
         """The JSON form: metadata stands beside the other fields; no score, no key."""
         row = {**self.metadata, "id": self.id, "title": self.title, "content": self.content, "source": self.source}

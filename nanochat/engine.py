@@ -4,13 +4,13 @@
     text = engine.answer(conversation)                              # greedy
     for piece in engine.stream(conversation, temperature=0.7): print(piece, end="", flush=True)
     texts = engine.answer_batch(conversations, batch_size=16)       # evaluations
-    texts, confidences = engine.answer_each(conversations)          # the same, documents read one by one
     completions = engine.generate(prompts, max_tokens=64)           # token ids in, ids and log-probabilities out
     prefix = engine.prefill(ids); engine.generate([ids + more], prefix=prefix)  # `ids` is read once
 
 Prefill is limited by matrix products, decoding by how fast single operations are dispatched: hence big pieces in the
 one, as many rows as there are in the other. A conversation longer than the context loses documents, worst first
-(`Tokenizer.render_conversation`); the answer's share of the context is reserved beforehand.
+(`Tokenizer.render_conversation`); the answer's share of the context is reserved beforehand. Reading documents one by
+one is in reader.py.
 """
 
 import codecs
@@ -18,16 +18,16 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from nanochat.blocks.gemv import speed_up
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Cache
-from nanochat.rag_utils import ABSTENTION
-from nanochat.tokenizer import Tokenizer, check_conversation
+from nanochat.rag_utils import ABSTENTION, is_quote
+from nanochat.tokenizer import Tokenizer
 
+QUOTE_FROM = 32  # likeliest tokens among which one is looked for that goes on quoting
 PREFILL_TOKENS = 2048  # tokens read in one call, over all rows: enough to fill the cores, little enough to fit anywhere
 
 
@@ -142,12 +142,25 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        quote: bool = False,
         progress: bool = False,
     ) -> list[str]:
-        """The answers to many conversations, in their order."""
+        """The answers to many conversations, in their order.
+
+        With `quote`, an answer over documents is in their words or the abstention (`generate`).
+        """
         prompts = [self.prompt(c, max_tokens) for c in conversations]
+        quotes = [quotable(c) for c in conversations] if quote else None
         done = self.complete_batch(
-            prompts, batch_size, self.room(max_tokens), temperature, top_k, top_p, seed, progress=progress
+            prompts,
+            batch_size,
+            self.room(max_tokens),
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            quotes=quotes,
+            progress=progress,
         )
         return [self.text(c.ids) for c in done]
 
@@ -161,6 +174,7 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 0,
         watch: Sequence[int] = (),
+        quotes: Sequence[str] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """`generate` for any number of prompts, `batch_size` at a time; batches are of similar lengths."""
@@ -172,68 +186,14 @@ class Engine:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = [prompts[i] for i in rows]
-                out = self.generate(batch, max_tokens, temperature, top_k, top_p, seed + start, watch=watch)
+                texts = [quotes[i] for i in rows] if quotes else None
+                out = self.generate(
+                    batch, max_tokens, temperature, top_k, top_p, seed + start, watch=watch, quotes=texts
+                )
                 for i, completion in zip(rows, out):
                     done[i] = completion
                 bar.update(len(rows))
         return done
-
-    def look(
-        self, conversations: Sequence[dict], max_tokens: int = 256, batch_size: int = 16, progress: bool = False
-    ) -> list[tuple[list[dict], np.ndarray]]:
-        """Each conversation once for every document in it, and what speaks for answering from that one.
-
-        The latter is (documents, 3): the log-odds that the model answers rather than abstains when it reads this
-        document alone; the document's similarity to the query (nan where the retriever gave none); minus the logarithm
-        of its place, 1 being what the retriever thinks most of.
-        """
-        views = [one_document_each(check_conversation(c)) for c in conversations]
-        refusal = self.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
-        prompts = [self.prompt(view, max_tokens) for v in views for view in v]
-        abstains = np.array(self.score_batch(prompts, refusal, batch_size, progress)).clip(max=-1e-6)
-        odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
-        for v in views:
-            likeness = [d.get("similarity") for view in v for m in view["messages"] for d in m.get("documents", ())]
-            rows = [(next(odds), nan_if(x), -math.log(place)) for place, x in enumerate(likeness, 1)]
-            found.append((v, np.array(rows).reshape(-1, 3)))
-        return found
-
-    def focus(
-        self, conversations: Sequence[dict], max_tokens: int = 256, batch_size: int = 16, progress: bool = False
-    ) -> list[tuple[dict, float]]:
-        """The conversations, each with the one document that speaks most for itself, and how much: the confidence.
-
-        Every document is read alone, and the answer comes from a context that a small model reads well. The document
-        that stays keeps its number. The idea is OPRM's (2505.07793), which goes by the entropy of the answer; how
-        probable a sentence is that the model is trained to abstain with was at hand (the two were not compared), and
-        what the retriever thinks is added to it (`confidence`). A conversation without documents stays as it is, with
-        a confidence of infinity. A question that needs two documents at once can't be asked this way.
-        """
-        chosen = []
-        found = self.look(conversations, max_tokens, batch_size, progress)
-        for conversation, (views, features) in zip(conversations, found):
-            scores = confidence(features, self.model.confidence)
-            chosen.append((views[scores.argmax()], float(scores.max())) if views else (conversation, math.inf))
-        return chosen
-
-    def abstains(self, score: float) -> bool:
-        """Whether an answer of this confidence is better not given. Never, unless scripts.rag_eval has calibrated."""
-        return self.model.confidence is not None and score <= 0
-
-    def answer_each(
-        self,
-        conversations: Sequence[dict],
-        batch_size: int = 16,
-        max_tokens: int = 256,
-        progress: bool = False,
-        **sampling,
-    ) -> tuple[list[str], list[float]]:
-        """`answer_batch` after `focus`, and the confidences. Where they are too low the answer is to abstain."""
-        focused = self.focus(conversations, max_tokens, batch_size, progress)
-        tried = [c for c, score in focused if not self.abstains(score)]
-        answers = iter(self.answer_batch(tried, batch_size, max_tokens, progress=progress, **sampling))
-        scores = [score for _, score in focused]
-        return [ABSTENTION if self.abstains(score) else next(answers) for score in scores], scores
 
     def stream(
         self,
@@ -243,6 +203,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        quote: str = "",
     ) -> Iterator[str]:
         """The answer to a conversation (or to rendered ids) in pieces, as they come; joined, they are `answer`'s text.
 
@@ -257,7 +218,7 @@ class Engine:
         self.last_read = self.prefill(ids, self.last_read)
         prefix = self.last_read
         steps = self._decode(
-            prefix.logits[None], prefix.cache.clone(), max_tokens, temperature, top_k, top_p, seed, self.stop
+            prefix.logits[None], prefix.cache.clone(), max_tokens, temperature, top_k, top_p, seed, self.stop, [quote]
         )
         return self._pieces(steps)
 
@@ -293,10 +254,13 @@ class Engine:
         stop: Collection[int] | None = None,
         prefix: Prefix | None = None,
         watch: Sequence[int] = (),
+        quotes: Sequence[str] | None = None,
     ) -> list[Completion]:
         """Complete the prompts together, as one batch; they may be of any lengths.
 
         Prompts of equal length are read together, the others one by one; rows that are finished leave the batch.
+        With `quotes`, a text for each prompt, an answer is a passage of that text and its citations (`is_quote`): of
+        the likeliest tokens the first one is taken that goes on quoting. An empty text leaves a prompt free.
         """
         check_sampling(max_tokens, temperature, top_k, top_p)
         if not prompts:
@@ -313,7 +277,8 @@ class Engine:
             for row, values in zip(rows, logits.log_softmax(-1)[:, list(watch)].tolist()):
                 out[row].watched = values
         stop = self.stop if stop is None else set(stop)
-        for step in self._decode(logits, cache, max_tokens, temperature, top_k, top_p, seed, stop):
+        texts = [quotes[row] for row in rows] if quotes else []
+        for step in self._decode(logits, cache, max_tokens, temperature, top_k, top_p, seed, stop, texts):
             for i, token, logprob in step:
                 completion = out[rows[i]]
                 completion.logprobs.append(logprob)
@@ -396,12 +361,18 @@ class Engine:
         top_p: float,
         seed: int,
         stop: Collection[int],
+        quotes: Sequence[str] = (),
     ) -> Iterator[list[tuple[int, int, float]]]:
         """From the first token's logits (B, V): yields at each step (row, token, log-probability) of the live rows."""
         generator = torch.Generator(self.device).manual_seed(seed)
         rows = list(range(logits.size(0)))
+        said: list[list[int]] = [[] for _ in rows]
         for step in range(max_tokens):
             tokens = sample(logits, temperature, top_k, top_p, generator)
+            for i, row in enumerate(rows):
+                if quotes and quotes[row]:
+                    tokens[i] = self._quoting(logits[i], int(tokens[i]), said[row], quotes[row], stop)
+                said[row].append(int(tokens[i]))
             logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             values = tokens.tolist()
             yield list(zip(rows, values, logprobs.tolist()))
@@ -412,61 +383,26 @@ class Engine:
                 rows, tokens, cache = [rows[i] for i in live], tokens[live], cache.select(live)
             logits = self._logits(decode_one(self.model, tokens, cache))
 
+    def _quoting(self, logits: torch.Tensor, token: int, said: list[int], text: str, stop: Collection[int]) -> int:
+        """`token`, or if it doesn't go on quoting `text` the likeliest that does; where there is none, `token`."""
+        for candidate in (token, *logits.topk(min(QUOTE_FROM, logits.numel())).indices.tolist()):
+            done = candidate in stop
+            if (done or candidate not in self.special) and is_quote(
+                self.text(said if done else [*said, candidate]).rstrip("\ufffd"), text, done
+            ):
+                return candidate
+        return token
 
-def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
-    """`Engine.look`'s features (n, 3) -> (n,): above 0, answer. What the retriever didn't say counts as average.
 
-    `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
+def quotable(conversation: dict, abstain: bool = True) -> str:
+    """What an answer over a conversation's documents may quote: title and content of each, and the abstention.
+
+    Empty without documents: then an answer is free.
     """
-    if fitted is None or not len(features):
-        return features[:, 0]
-    scaled = (features.clip(-20, 20) - np.array(fitted["mean"])) / np.array(fitted["scale"])
-    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"]
-
-
-def fit_confidence(answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray]) -> dict:
-    """Weights for `confidence` from validation questions, each with its documents' features.
-
-    A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others; then the bias is moved so that as large a share as possible of the answerable questions
-    is answered from a right document, plus as large a share as possible of the unanswerable ones not at all.
-    """
-    from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
-
-    x = np.concatenate([f for f, _ in answerable] + list(unanswerable)).clip(-20, 20)  # as `confidence` does
-    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
-    known = ~np.isnan(x)
-    count = known.sum(0).clip(1)
-    mean = np.where(known, x, 0).sum(0) / count
-    spread = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / count)
-    scale = np.where(spread > 0, spread, 1.0)
-    model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
-    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
-    scores = [(confidence(f, fitted), mask) for f, mask in answerable]
-    right = np.array([s.max() if mask[s.argmax()] else -math.inf for s, mask in scores])
-    wrong = np.array([confidence(f, fitted).max() for f in unanswerable])
-    values = np.unique(np.concatenate([right[np.isfinite(right)], wrong]))
-    thresholds = np.concatenate([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
-    gain = [(right > t).mean() + (wrong <= t).mean() for t in thresholds]
-    return fitted | {"bias": -float(thresholds[int(np.argmax(gain))])}
-
-
-def nan_if(x: float | None) -> float:
-    """A missing number as nan."""
-    return math.nan if x is None else x
-
-
-def one_document_each(conversation: dict) -> list[dict]:
-    """The conversation once for each document in it, alone and under the number it had."""
-    messages, views, number = conversation["messages"], [], 0
-    for at, message in enumerate(messages):
-        for doc in message["documents"] if message["role"] == "retrieval" else []:
-            doc = doc if isinstance(doc, dict) else vars(doc)
-            number = doc.get("number") or number + 1
-            only = {**message, "documents": [{**doc, "number": number}]}
-            rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]
-            views.append({**conversation, "messages": rest})
-    return views
+    docs = [doc for m in conversation["messages"] if m["role"] == "retrieval" for doc in m["documents"]]
+    get = lambda doc, key: (doc.get(key) if isinstance(doc, dict) else getattr(doc, key)) or ""
+    shown = [f"{get(doc, 'title')}\n{' '.join(get(doc, 'content').split())}" for doc in docs]
+    return "\n".join([*shown, ABSTENTION] if abstain and shown else shown)
 
 
 def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

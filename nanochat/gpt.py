@@ -289,15 +289,16 @@ class GPT(nn.Module):
     def generate_from_conversation(self, conversation: dict, read: str = "each", **sampling) -> str:
         """Answer a conversation (docs/formats.md) with this model; needs `load_model`, which attaches the tokenizer.
 
-        Its documents are read one by one (`read="each"`, Engine.focus) or all in one context ("together").
+        Its documents are read one by one (`read="each"`, reader.py) or all in one context ("together").
         """
         if read not in ("each", "together"):
             raise UserError(f"read={read!r}: choose 'each' or 'together'")
-        from nanochat.engine import Engine  # the engine builds on this file, not the other way round
+        from nanochat.engine import Engine  # these two build on this file, not the other way round
+        from nanochat.reader import answer_each
 
         engine = Engine(self, self.tokenizer)
         if read == "each":
-            return engine.answer_each([conversation], **sampling)[0][0]
+            return answer_each(engine, [conversation], **sampling)[0][0]
         return engine.answer(conversation, **sampling)
 
     def _positions(self, start: torch.Tensor | int, T: int, x: torch.Tensor) -> Positions | None:

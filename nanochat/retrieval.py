@@ -212,8 +212,7 @@ class RetrievalManager:
         if at is None:
             raise UserError("the conversation has no user message to retrieve for")
         query = messages[at]["content"][:MAX_QUERY_CHARS]
-        keys = ("id", "title", "content", "score", "similarity", "source")
-        documents = [{key: getattr(doc, key) for key in keys} for doc in self.retrieve(query, top_k, **options)]
+        documents = [doc.shown() for doc in self.retrieve(query, top_k, **options)]
         messages.insert(at, {"role": "retrieval", "query": query, "documents": documents})
         return {**copy.deepcopy(conversation), "messages": messages}
 

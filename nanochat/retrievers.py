@@ -486,6 +486,7 @@ class HybridRetriever(Retriever):
         super().__init__(parts[0].documents, parts[0].keep)
         self.parts, self.fusion, self.shares = parts, fusion, [1 - alpha, alpha]
         self._likeness, self._similarities = parts[-1]._likeness, parts[-1]._similarities
+        self.encoder = getattr(parts[-1], "encoder", None)
 
     def _search(self, queries: list[str], top_k: int, mask: np.ndarray | None) -> list[list[Hit]]:
         depth = min(max(self.DEPTH, top_k), len(self.documents))

@@ -17,8 +17,9 @@ from simple_parsing import field
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, init_distributed, pick_dtype
 from nanochat.config import run
-from nanochat.engine import Engine, check_sampling
-from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, strip_citations
+from nanochat.engine import Engine, check_sampling, quotable
+from nanochat.rag_utils import ABSTENTION, also_said, document_text, extract_citations, strip_citations
+from nanochat.reader import abstains, answer_views, date_of, focus, may_quote
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
@@ -39,6 +40,7 @@ class Config:
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # passages to retrieve for a question
     read: str = "each"  # each: passages one by one, the surest answers; together: in one context, harder to read
+    quote: bool = True  # answers over passages are in their words; false: the model says what it likes
     prompt: str | None = field(default=None, alias=["-p"])  # answer this question and exit
     system: str = ""  # a system message
     max_tokens: int = 128  # longest answer
@@ -73,27 +75,32 @@ class Chat:
         c = self.config
         conversation = self._conversation(question)
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
-        self.read, abstain = set(), bool(self.manager and not self.documents)  # nothing to answer from
+        self.read, self.answer = set(), ""
+        abstain, others = bool(self.manager and not self.documents), []  # nothing to answer from
         if c.read == "each" and self.documents:
-            [(conversation, score)] = self.engine.focus([conversation], c.max_tokens)
+            [heard] = focus(self.engine, [conversation], c.max_tokens)
             self.read = set(range(1, len(self.documents) + 1))  # each had room
-            abstain = self.engine.abstains(score)
-        if abstain:
-            self.answer = ABSTENTION
-            self.turns.append((question, ABSTENTION))
-            yield ABSTENTION
-            return
-        ids = self.engine.prompt(conversation, c.max_tokens)
-        self.read, self.answer = self.read or numbers_read(ids, self.engine.tokenizer), ""
+            abstain, [conversation, *others] = abstains(self.engine, heard), [view for view, _ in heard]
+        pieces = iter([ABSTENTION]) if abstain else self._pieces(conversation, others)
         try:
-            for piece in self.engine.stream(
-                ids, self.engine.room(c.max_tokens), c.temperature, top_p=c.top_p, seed=c.seed + len(self.turns)
-            ):
+            for piece in pieces:
                 self.answer += piece
                 yield piece
         finally:
             if self.answer:
                 self.turns.append((question, self.answer))
+
+    def _pieces(self, conversation: dict, others: list[dict]):
+        """The answer to a conversation as it comes, and then what `others`, each with another document, add to it."""
+        c, engine, sampling = self.config, self.engine, {"seed": self.config.seed + len(self.turns)}
+        sampling |= {"temperature": c.temperature, "top_p": c.top_p}
+        ids = engine.prompt(conversation, c.max_tokens)
+        self.read = self.read or numbers_read(ids, engine.tokenizer)
+        text = (may_quote(engine, conversation) if c.read == "each" else quotable(conversation)) if c.quote else ""
+        yield from engine.stream(ids, engine.room(c.max_tokens), quote=text, **sampling)
+        if others:
+            said, more = self.answer, answer_views(engine, others, 16, c.max_tokens, c.quote, **sampling)
+            yield also_said((said, date_of(conversation)), list(zip(more, map(date_of, others))))
 
     def _conversation(self, question: str) -> dict:
         """The messages to send: system, as many of the last turns as a quarter of the context holds, the question.

@@ -79,6 +79,8 @@ def main(config: Config) -> None:
     for split, rows in queries.items():
         write_jsonl(output / "queries" / f"{split}.jsonl", rows)
         print0(f"{output / 'queries' / split}.jsonl: {len(rows)} questions")
+    if config.mode == "factbook":
+        write_jsonl(output / "queries" / CONTRADICTIONS, read_jsonl(DATA / "factbook" / "queries" / CONTRADICTIONS))
     for split in ("train", "val"):
         path, rng, rows = output / "conversations" / f"{split}_rag.jsonl", random.Random(config.seed), queries[split]
         if len(rows) > config.max_conversations:
@@ -89,6 +91,7 @@ def main(config: Config) -> None:
 
 
 SPLITS = ("train", "val", "test")
+CONTRADICTIONS = "contradictions.jsonl"
 FIELDS = ("id", "query", "answer", "answers", "positive_ids", "hops", "type")
 
 

@@ -14,6 +14,8 @@ Every row asks questions of `--queries` in another setting:
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     counterfactual      the gold document with names and answers exchanged: what the weights remember is of no use
     unanswerable        questions the knowledge base has no answer to, with what the retriever finds: should abstain
+    contradictory_dated, contradictory_undated   two documents that disagree, among distractors: with a date, the newer
+                        one's answer is right; without, both, each with its citation
     two_hop             two-hop questions with both gold documents among three distractors
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
@@ -22,30 +24,44 @@ Every row asks questions of `--queries` in another setting:
 With `--read each` (the default) every document is read alone and the answer comes from the one that speaks most for
 itself (Engine.focus). How the model's odds and the retriever's opinion are weighed, and from where on it is better to
 abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint. With `--read together` all stand in
-one context, as they always do in `two_hop`, `retrieved_together` and the rows about positions.
+one context, as they always do in `two_hop` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
-those of the answer without its citations, the best over accepted variants. hallucination: answered, and no shown
-document holds the answer. Citation precision and recall are over gold ids, averaged over the `citation_n` questions
-that were answered and could be; a single-hop question's recall is 1 if any of its gold documents is cited. Intervals
-are 95 % bootstrap.
+those of the answer without its citations, the best over accepted variants; of documents that disagree, what is said
+first counts, in contradictory_undated both sides, half each. hallucination: answered, and no shown document holds the
+answer. Citation precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and
+could be; a single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question
+and documents to the first token of the answer, asked one at a time; tokens: what the model reads for a question, on
+average. Intervals are 95 % bootstrap.
 """
 
 import math
 import random
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from nanochat.checkpoint_manager import find_checkpoint, load_model
-from nanochat.common import UserError, init_distributed, is_main, over_ranks, print0, versions, write_json, write_jsonl
+from nanochat.common import (
+    UserError,
+    init_distributed,
+    is_main,
+    over_ranks,
+    print0,
+    read_jsonl,
+    versions,
+    write_json,
+    write_jsonl,
+)
 from nanochat.config import run
 from nanochat.documents import Document
-from nanochat.engine import Engine, fit_confidence
+from nanochat.engine import Engine, quotable
 from nanochat.knowledge_base import kb_info, kb_serves
 from nanochat.rag_utils import (
     ABSTENTION,
@@ -56,15 +72,19 @@ from nanochat.rag_utils import (
     extract_citations,
     hallucination,
     is_abstention,
+    main_answer,
     mean_with_intervals,
     recall_at_k,
+    statements,
     strip_citations,
 )
+from nanochat.reader import abstains, answer_each, fit_confidence, focus, look, may_quote, one_document_each
 from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
 from tasks.rag_task import RAGMix, RAGTask, states_answer
 
-TOGETHER = ("two_hop", "retrieved_together", "oracle_distractors")  # rows that are about several in one context
+TOGETHER = ("two_hop", "retrieved_together")  # rows that are about several in one context
+TIMED = 8  # questions a row whose first token's time is taken
 
 
 @dataclass
@@ -74,10 +94,12 @@ class Config:
     step: int = 0  # its step; 0: the last
     knowledge_base: str = ""  # folder of the knowledge base
     queries: str = ""  # questions: a .jsonl file
+    contradictions: str = ""  # documents that disagree: a .jsonl file; empty: contradictions.jsonl beside the questions
     calibrate: str = ""  # validation questions to learn from when to abstain; kept with the checkpoint
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: all in one context
+    quote: bool = True  # answers over documents are in their words; false: the model says what it likes
     max_examples: int = 500  # questions a row
     seed: int = 0  # which questions
     batch_size: int = 32  # answers generated at a time
@@ -112,11 +134,16 @@ def main(config: Config) -> dict:
     by_type = {kind: rng.sample(pool, min(config.max_examples, len(pool))) for kind, pool in pools.items() if pool}
     if "single" not in by_type:
         raise UserError(f"{config.queries} has no single-hop question whose gold documents are in this knowledge base")
+    of = {documents[p].metadata.get("split") for r in rows for p in r["positive_ids"]}
+    disagree = contradictions(config, of, manager)
+    by_type |= {kind: pool for kind, pool in disagree.items() if pool}
     asked = list({r["id"]: r for kind in by_type.values() for r in kind}.values())
     deep = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in asked])
     found = {r["id"]: docs for r, docs in zip(asked, deep)}
 
     def gold(row: dict) -> list[Document]:
+        if "sides" in row:
+            return row["sides"]
         known = {doc.id: doc for doc in found[row["id"]]}  # with what the retriever thinks of them
         return [known.get(p) or documents[p] for p in row["positive_ids"]]
 
@@ -169,6 +196,7 @@ def main(config: Config) -> dict:
         "distractors_only": ("single", lambda r: without_answer(r)[: config.top_k]),
         "counterfactual": ("counterfactual", lambda r: changed[r["id"]]),
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
+        **{f"contradictory_{kind}": (kind, lambda r: among(r, gold(r))) for kind in ("dated", "undated")},
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
@@ -191,11 +219,11 @@ def main(config: Config) -> dict:
         model.confidence = calibrate(engine, manager, config)
 
     # 4. Ask and judge
-    table, log = {}, []
+    table, log, known = {}, [], {}
     for name in wanted:
         kind, choose = settings[name]
         questions = by_type[kind]
-        shown, confidences = [choose(r) for r in questions], [math.nan] * len(questions)
+        shown, confidences, cost = [choose(r) for r in questions], [math.nan] * len(questions), {}
         if name == "always_abstain":
             answers = [ABSTENTION] * len(questions)
         elif name == "first_entity":
@@ -203,10 +231,13 @@ def main(config: Config) -> dict:
         else:
             each = config.read == "each" and not name.startswith(TOGETHER)
             conversations = [ask(r["query"], docs) for r, docs in zip(questions, shown)]
-            answers, confidences = zip(*over_ranks(partial(read_and_answer, engine, config, each), conversations))
+            answers, confidences = zip(
+                *over_ranks(partial(read_and_answer, engine, config, each, known), conversations)
+            )
+            cost = what_it_costs(engine, config, each, conversations, d.world_size)
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)
-        table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
+        table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {}) | cost
         log += [
             {"row": name, "id": r["id"], "query": r["query"], "answer": a, "answers": r["answers"],
              "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"], "f1": scores["f1"]}
@@ -234,12 +265,41 @@ def main(config: Config) -> dict:
     return result
 
 
-def read_and_answer(engine: Engine, config: Config, each: bool, conversations: list[dict]) -> list[tuple[str, float]]:
+def read_and_answer(
+    engine: Engine, config: Config, each: bool, known: dict[bytes, float], conversations: list[dict]
+) -> list[tuple[str, float]]:
     """Answers to conversations whose documents are read one by one (`each`) or together, and their confidence."""
     if each:
-        return list(zip(*engine.answer_each(conversations, config.batch_size, config.max_tokens, progress=is_main())))
-    answers = engine.answer_batch(conversations, config.batch_size, config.max_tokens, progress=is_main())
+        c = config
+        found = answer_each(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
+        return list(zip(*found))
+    answers = engine.answer_batch(
+        conversations, config.batch_size, config.max_tokens, quote=config.quote, progress=is_main()
+    )
     return [(answer, math.nan) for answer in answers]
+
+
+def what_it_costs(
+    engine: Engine, config: Config, each: bool, conversations: list[dict], ranks: int
+) -> dict[str, float]:
+    """`ttft_ms` and `tokens` (see the module's docstring); the main process measures, the others wait for it."""
+
+    def measure(_) -> list[dict[str, float]]:
+        times = []
+        for conversation in conversations[:TIMED] if is_main() else ():
+            start = time.perf_counter()
+            heard = focus(engine, [conversation], config.max_tokens)[0] if each else [(conversation, math.inf)]
+            if not abstains(engine, heard):
+                text = (may_quote(engine, heard[0][0]) if each else quotable(heard[0][0])) if config.quote else ""
+                next(engine.stream(heard[0][0], config.max_tokens, quote=text), None)
+            times.append(1000 * (time.perf_counter() - start))
+        views = [one_document_each(c) if each else [c] for c in conversations[:: max(1, len(conversations) // 50)]]
+        tokens = [
+            sum(len(engine.prompt(view, config.max_tokens)) for view in v or [c]) for v, c in zip(views, conversations)
+        ]
+        return [{"ttft_ms": float(np.median(times)), "tokens": float(np.mean(tokens))}] if times else [{}]
+
+    return over_ranks(measure, range(ranks))[0]
 
 
 def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict:
@@ -258,10 +318,38 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
         raise UserError(
             f"--calibrate {config.calibrate}: no question of one hop finds its gold document, or nothing else"
         )
-    look = partial(engine.look, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=is_main())
-    features = [x for _, x in over_ranks(look, [ask(r["query"], docs) for r, docs in there + gone])]
+    views = partial(look, engine, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=is_main())
+    features = [x for _, x in over_ranks(views, [ask(r["query"], docs) for r, docs in there + gone])]
     right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
     return fit_confidence(list(zip(features, right)), features[len(there) :])
+
+
+def contradictions(config: Config, splits: set, manager: RetrievalManager) -> dict[str, list[dict]]:
+    """Questions of these splits to which two documents, `sides`, give different answers: dated and undated ones.
+
+    The documents are not in the knowledge base; the retriever's encoder, if it has one, says how similar they are.
+    """
+    path = Path(config.contradictions or Path(config.queries).parent / "contradictions.jsonl")
+    if not config.contradictions and not path.exists():
+        return {}
+    rows = [r for r in read_jsonl(path, ("id", "query", "old", "new")) if r.get("split") in splits]
+    rows = random.Random(config.seed).sample(rows, min(config.max_examples, len(rows)))
+    encoder, out = getattr(manager.retriever, "encoder", None), {}
+    for kind, key in (("dated", "passage"), ("undated", "passage_undated")):
+        out[kind] = []
+        for r in rows:
+            dates = [{"date": r[age]["date"]} if kind == "dated" else {} for age in ("old", "new")]
+            old, new = (
+                Document(f"{r['id']}-{age}", r[age]["title"], r[age][key], metadata=date)
+                for age, date in zip(("old", "new"), dates)
+            )
+            if encoder:
+                [query], passages = encoder.encode_queries([r["query"]]), encoder.encode_passages([old.text, new.text])
+                old, new = (replace(d, similarity=float(query @ v)) for d, v in zip((old, new), passages))
+            told = {"answer": r["new"]["answer"], "answers": r["new"]["answers"], "also": r["old"]["answers"]}
+            told |= {"positive_ids": [old.id, new.id], "sides": [old, new], "hops": 2, "type": kind}
+            out[kind].append({**r, **told, "id": f"{r['id']}-{kind}"})
+    return out
 
 
 def counterfactual(
@@ -292,14 +380,13 @@ def counterfactual(
 def ask(query: str, docs: list[Document]) -> dict:
     """The conversation that asks `query` over `docs` (none: closed book)."""
     user = {"role": "user", "content": query}
-    keys = ("id", "title", "content", "score", "similarity")
-    shown = [{key: getattr(doc, key) for key in keys} for doc in docs]
+    shown = [doc.shown() for doc in docs]
     return {"messages": [{"role": "retrieval", "query": query, "documents": shown}, user] if docs else [user]}
 
 
 def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
     """All measures of one answer. Questions without gold among `docs` count for abstention, the others against it."""
-    text = strip_citations(answer)
+    text, said = main_answer(answer), statements(answer)
     refused = is_abstention(answer)
     shown = {doc.id for doc in docs}
     here = [p for p in row["positive_ids"] if p in shown]
@@ -307,9 +394,15 @@ def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
     out = {
         "f1": 0.0 if refused else answer_f1(text, row["answers"]),
         "em": 0.0 if refused else exact_match(text, row["answers"]),
-        "hallucination": 0.0 if refused else hallucination(answer, docs),
+        "hallucination": 0.0 if refused else max((hallucination(words, docs) for words, _ in said), default=0.0),
         "over_abstention" if answerable else "abstention": float(refused),
     }
+    if row["type"] == "undated":  # each side counts where its own document is cited for it
+        places = {doc.id: n for n, doc in enumerate(docs, 1)}
+        sides = list(zip(row["positive_ids"], (row["also"], row["answers"])))
+        for name, measure in (("f1", answer_f1), ("em", exact_match)):
+            best = [max((measure(w, a) for w, cites in said if places.get(p) in cites), default=0.0) for p, a in sides]
+            out[name] = sum(best) / 2
     if row["type"] == "unanswerable":
         out["f1"] = out["em"] = float(refused)
     if answerable and not refused:
@@ -326,7 +419,8 @@ def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
 
 def _is_distractor(doc: Document, row: dict) -> bool:
     """Neither gold nor, though not marked so, an answer all the same."""
-    return not _is_gold(doc, row) and not states_answer(doc, row)
+    told = states_answer(doc, row) or ("also" in row and states_answer(doc, row | {"answers": row["also"]}))
+    return not _is_gold(doc, row) and not told
 
 
 def _is_gold(doc: Document, row: dict) -> bool:

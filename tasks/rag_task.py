@@ -106,7 +106,7 @@ class RAGTask(Task):
             for doc in shown:
                 if doc["id"] not in whole:
                     doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
-        if len(shown) == 1:  # any number may stand at a document read alone (Engine.focus)
+        if len(shown) == 1:  # any number may stand at a document read alone (reader.py)
             shown[0]["number"] = rng.randint(1, 9)
         turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
