@@ -85,7 +85,9 @@ def statements(text: str) -> list[tuple[str, list[int]]]:
     statements("Rome. [1][3] Or, by another document: Turin. [2]")  # [("Rome.", [1, 3]), ("Turin.", [2])]
     """
     parts = re.findall(rf"(.+?)((?:\s*{_CITATION.pattern.replace('(', '(?:', 1)})+|$)", text.strip(), re.DOTALL)
-    return [(_LEAD.sub("", words.strip()), extract_citations(cited)) for words, cited in parts if words.strip()]
+    return [
+        (_LEAD.sub("", words.strip()), extract_citations(cited)) for words, cited in parts if re.search(r"\w", words)
+    ]
 
 
 def main_answer(text: str) -> str:

@@ -1,9 +1,7 @@
 """The engine: the same answers however prompts are read, batched, resumed or streamed."""
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +9,9 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from nanochat.documents import Document
-from nanochat.engine import Engine, confidence, fit_confidence, one_document_each, sample
+from nanochat.engine import Engine, quotable, sample
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.rag_utils import ABSTENTION
+from nanochat.rag_utils import ABSTENTION, is_quote
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TEXT = "The capital of Freedonia is Oldtown. Its river is long, 1234 km. What is the name of the river? " * 20
@@ -208,20 +206,6 @@ def test_answer_batch_answers_as_answer_does():
     assert engine.answer_batch(asked, batch_size=2, max_tokens=9) == [engine.answer(c, max_tokens=9) for c in asked]
 
 
-@pytest.mark.parametrize("read", ["each", "together"])
-def test_the_model_itself_answers_after_reading_one_by_one_or_together(read):
-    engine = make_engine(sequence_len=256)
-    talks = [conversation(q, "one two", "three", "x y z") for q in ("River?", "Capital?", "Where is it?")]
-    chosen = [c for c, _ in engine.focus(talks, 9)] if read == "each" else talks
-    expected = [engine.answer(c, max_tokens=9) for c in chosen]
-    assert [engine.model.generate_from_conversation(c, read=read, max_tokens=9) for c in talks] == expected
-    assert [engine.answer(c, max_tokens=9) for c, _ in engine.focus(talks)] != [
-        engine.answer(c, max_tokens=9) for c in talks
-    ]
-    with pytest.raises(UserError, match="each"):
-        engine.model.generate_from_conversation(talks[0], read="both")
-
-
 def test_bf16_weights_cast_once_work():
     engine = make_engine()
     engine.model.set_compute_dtype(torch.bfloat16)
@@ -249,21 +233,6 @@ def test_an_empty_prompt_or_batch_size_is_refused():
         make_engine("T").complete_batch([[1]], batch_size=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents read one by one
-
-
-def test_alone_a_document_keeps_its_number_and_its_question():
-    talk = conversation("And the river?", "one", "two")
-    talk["messages"].insert(1, {"role": "retrieval", "query": "hop", "documents": [Document("3", "T3", "three")]})
-    views = [TOK.decode(TOK.render_conversation(view)[0]) for view in one_document_each(talk)]
-    assert [v.partition("<|doc_start|>")[2].partition("<|doc_end|>")[0] for v in views] == [
-        " [1] T0\n one", " [2] T1\n two", " [3] T3\n three"]  # fmt: skip
-    assert all(v.count("<|retrieval_start|>") == 1 and " And the river?<|user_end|>" in v for v in views)
-    assert "<|retrieval_start|> hop<|doc_start|>" in views[2]
-    assert one_document_each(conversation("Hi")) == []
-
-
 def test_the_line_ends_of_a_page_are_not_read():
     assert TOK.render_conversation(conversation("Q?", "one\n two\t three ")) == TOK.render_conversation(
         conversation("Q?", "one two three")
@@ -279,82 +248,25 @@ def test_scores_of_a_batch_of_any_lengths_are_those_of_each_alone(pattern):
     assert engine.score_batch([], answer) == []
 
 
-def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable():
-    engine = make_engine(sequence_len=256)
-    several = [
-        conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c", "The river."], ["x", "y"])
-    ]
-    several += [conversation("Hi"), conversation("Alone?", "one")]
-    refusal = TOK.encode_text(ABSTENTION)
-    focused = engine.focus(several, max_tokens=20)
-    for talk, (chosen, score) in zip(several, focused):
-        if not (views := one_document_each(talk)):
-            assert (chosen, score) == (talk, math.inf)
-            continue
-        unsure = [sum(engine.score(engine.prompt(view, 20), refusal)) for view in views]
-        assert chosen == views[unsure.index(min(unsure))] and len(set(unsure)) == len(unsure)
-        assert score == pytest.approx(-min(unsure), rel=1e-2)  # log-odds of something rare
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers in the words of a text
 
 
-def test_calibrated_it_abstains_where_the_confidence_is_too_low():
-    engine = make_engine(sequence_len=256)
-    talks = [conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c"], ["x", "y"])]
-    for k, talk in enumerate(talks):  # the second document is the likelier one, in two of the talks likely enough
-        for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, k / 4 + 0.2)):
-            doc["similarity"] = similarity
-    engine.model.confidence = {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": [0, 1, 0], "bias": 0}
-    kept, scores = engine.answer_each([*talks, conversation("Hi")], max_tokens=9)
-    assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
-    chosen = [c for c, _ in engine.focus(talks, 9)]
-    assert kept[:2] == [ABSTENTION] * 2 and kept[2:4] == [engine.answer(c, max_tokens=9) for c in chosen[2:]]
-    assert ABSTENTION not in kept[2:]  # the last has no document: the model is asked
-    assert [engine.model.generate_from_conversation(t, max_tokens=9) for t in talks] == kept[:4]
+def test_an_answer_that_quotes_is_words_of_its_text_and_citations():
+    engine, texts = make_engine(), ["The capital of Freedonia is Oldtown.", "Its river is 1234 km long.", ""]
+    prompts = prompts_of(9, 14, 9)
+    free, bound = engine.generate(prompts, 12), engine.generate(prompts, 12, quotes=texts)
+    assert bound[2] == free[2]  # without a text as it was
+    for completion, text in zip(bound, texts[:2]):
+        said = engine.text(completion.ids)
+        assert said and is_quote(said, text, done=completion.finished)
+    assert not all(is_quote(engine.text(c.ids), t) for c, t in zip(free, texts[:2]))
+    alone = [engine.generate([p], 12, quotes=[t])[0].ids for p, t in zip(prompts, texts)]
+    assert alone == [c.ids for c in bound]
 
 
-def test_what_the_retriever_thinks_may_decide():
-    engine = make_engine(sequence_len=256)
-    talk = conversation("River?", "a b", "c", "d")
-    for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, None, 0.9)):
-        doc["similarity"] = similarity
-    [(_, features)] = engine.look([talk])
-    assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    assert features[:, 2] == pytest.approx([0, -math.log(2), -math.log(3)])
-    by = lambda *weights: {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": weights, "bias": 0.0}
-    assert confidence(features, by(0, 1, 0)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
-    for weights, number in (((0, 1, 0), 3), ((0, 0, 1), 1), ((0, -1, 0), 1)):
-        engine.model.confidence = by(*weights)
-        [(chosen, _)] = engine.focus([talk])
-        assert [d["number"] for m in chosen["messages"] for d in m.get("documents", ())] == [number]
-
-
-def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
-    rng = np.random.default_rng(0)
-
-    def documents(n, gold):
-        """Features of which the first is noise, the second tells, and the third is unknown."""
-        mask = np.arange(n) == gold
-        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, np.full(n, math.nan)], 1), mask
-
-    known = [documents(4, i % 4) for i in range(60)]
-    unknown = [documents(4, -1)[0] for _ in range(60)]
-    fitted = fit_confidence(known, unknown)
-    assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
-    best = lambda f: confidence(f, fitted)
-    assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
-    assert np.mean([best(f).max() <= 0 for f in unknown]) > 0.95
-    assert fitted == json.loads(json.dumps(fitted))
-
-
-@pytest.mark.parametrize(
-    "talk",
-    [
-        {},
-        {"messages": [{"role": "retrieval"}, {"role": "user", "content": "Q?"}]},
-        {"messages": [{"role": "retrieval", "documents": ["text"]}]},
-        {"messages": [{"role": "retrieval", "documents": [{"content": "x", "number": "3"}]}]},
-        {"messages": [{"role": "retrieval", "documents": [{"content": "x", "similarity": "high"}]}]},
-    ],
-)
-def test_what_is_no_conversation_is_refused_before_it_is_read(talk):
-    with pytest.raises(UserError):
-        make_engine("T").answer_each([talk])
+def test_what_may_be_quoted_is_what_the_documents_say_and_the_abstention():
+    talk = conversation("Q?", "one\n two")
+    talk["messages"][0]["documents"].append(Document("x", "X", "three"))
+    assert quotable(talk) == f"T0\none two\nX\nthree\n{ABSTENTION}"
+    assert quotable(talk, abstain=False) == "T0\none two\nX\nthree" and quotable(conversation("Q?")) == ""

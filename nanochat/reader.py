@@ -1,0 +1,187 @@
+"""Reading documents one by one: how sure is the model that this one answers, which ones speak, what do they say?
+
+    texts, confidences = answer_each(engine, conversations)     # abstains where no document is convincing
+    views = focus(engine, [conversation])[0]                    # the one-document contexts that may answer, best first
+
+A small model reads one document well and loses its way among five. So each stands alone in a context, under the number
+it has among the others, and the answer comes from the one that speaks most for itself, as in OPRM (2505.07793), which
+goes by the entropy of the answer; how probable the sentence is that the model abstains with was at hand (the two were
+not compared). What the retriever thinks is added to it (`confidence`, learned by scripts.rag_eval --calibrate). Where
+other documents are convincing, too, they are heard: who agrees is cited, who disagrees is quoted, the newest first
+where documents have a `date`. A question that needs two documents at once can't be asked this way.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from nanochat.engine import Engine, quotable
+from nanochat.rag_utils import ABSTENTION, also_said
+from nanochat.tokenizer import check_conversation
+
+BESIDE = 0.98  # share of answerable questions in which no wrong document may speak beside the right one
+
+
+def look(
+    engine: Engine,
+    conversations: Sequence[dict],
+    max_tokens: int = 256,
+    batch_size: int = 16,
+    progress: bool = False,
+    known: dict[bytes, float] | None = None,
+) -> list[tuple[list[dict], np.ndarray]]:
+    """Each conversation once for every document in it, and what speaks for answering from that one.
+
+    The latter is (documents, 3): the log-odds that the model answers rather than abstains when it reads this
+    document alone; the document's similarity to the query (nan where the retriever gave none); minus the logarithm
+    of its place, 1 being what the retriever thinks most of. `known` remembers the model's part from call to call.
+    """
+    views = [one_document_each(check_conversation(c)) for c in conversations]
+    refusal = engine.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
+    prompts = [engine.prompt(view, max_tokens) for v in views for view in v]
+    keys, known = [np.array(ids).tobytes() for ids in prompts], {} if known is None else known
+    new = {key: ids for key, ids in zip(keys, prompts) if key not in known}
+    known.update(zip(new, engine.score_batch(list(new.values()), refusal, batch_size, progress)))
+    abstains = np.array([known[key] for key in keys]).clip(max=-1e-6)
+    odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
+    for v in views:
+        likeness = [d.get("similarity") for view in v for d in _documents(view)]
+        rows = [(next(odds), math.nan if x is None else x, -math.log(n)) for n, x in enumerate(likeness, 1)]
+        found.append((v, np.array(rows).reshape(-1, 3)))
+    return found
+
+
+def focus(
+    engine: Engine,
+    conversations: Sequence[dict],
+    max_tokens: int = 256,
+    batch_size: int = 16,
+    progress: bool = False,
+    known: dict[bytes, float] | None = None,
+) -> list[list[tuple[dict, float]]]:
+    """For each conversation the one-document contexts that may answer, first the one to begin with, and how sure.
+
+    The first is the surest, or of all that may speak the newest, if all have a `date`. A conversation without documents
+    stays as it is, with a confidence of infinity.
+    """
+    fitted, chosen = engine.model.confidence, []
+    for conversation, (views, features) in zip(
+        conversations, look(engine, conversations, max_tokens, batch_size, progress, known)
+    ):
+        scores = confidence(features, fitted)
+        bar = math.inf if fitted is None else fitted.get("beside", math.inf)
+        order = sorted(range(len(views)), key=lambda n: -scores[n])
+        heard = [(views[n], float(scores[n])) for k, n in enumerate(order) if not k or scores[n] > max(bar, 0)]
+        if all(map(date_of, [view for view, _ in heard])):
+            heard.sort(key=lambda one: date_of(one[0]), reverse=True)
+        chosen.append(heard or [(conversation, math.inf)])
+    return chosen
+
+
+def abstains(engine: Engine, heard: Sequence[tuple[dict, float]]) -> bool:
+    """Whether an answer of this confidence is better not given. Never, unless scripts.rag_eval has calibrated."""
+    return engine.model.confidence is not None and max(score for _, score in heard) <= 0
+
+
+def may_quote(engine: Engine, view: dict) -> str:
+    """What an answer over `view` may quote; where `abstains` decides about abstaining, decoding doesn't."""
+    return quotable(view, abstain=engine.model.confidence is None)
+
+
+def answer_views(
+    engine: Engine, views: Sequence[dict], batch_size: int, max_tokens: int, quote: bool, progress=False, **sampling
+) -> list[str]:
+    """The answers over contexts that `focus` chose; with `quote`, in the words of their documents."""
+    prompts = [engine.prompt(view, max_tokens) for view in views]
+    quotes = [may_quote(engine, view) for view in views] if quote else None
+    room = engine.room(max_tokens)
+    done = engine.complete_batch(prompts, batch_size, room, quotes=quotes, progress=progress, **sampling)
+    return [engine.text(c.ids) for c in done]
+
+
+def answer_each(
+    engine: Engine,
+    conversations: Sequence[dict],
+    batch_size: int = 16,
+    max_tokens: int = 256,
+    quote: bool = True,
+    progress: bool = False,
+    known: dict[bytes, float] | None = None,
+    **sampling,
+) -> tuple[list[str], list[float]]:
+    """The answers, documents read one by one, and the confidence of each. Where it is too low, the abstention."""
+    focused = focus(engine, conversations, max_tokens, batch_size, progress, known)
+    tried = [view for heard in focused if not abstains(engine, heard) for view, _ in heard]
+    said, answers = iter(answer_views(engine, tried, batch_size, max_tokens, quote, progress, **sampling)), []
+    for heard in focused:
+        if abstains(engine, heard):
+            answers.append(ABSTENTION)
+            continue
+        first, *others = [(next(said), date_of(view)) for view, _ in heard]
+        answers.append(first[0] + also_said(first, others))
+    return answers, [max(score for _, score in heard) for heard in focused]
+
+
+def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
+    """`look`'s features (n, 3) -> (n,): above 0, answer. What the retriever didn't say counts as average.
+
+    `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
+    """
+    if fitted is None or not len(features):
+        return features[:, 0]
+    scaled = (features.clip(-20, 20) - np.array(fitted["mean"])) / np.array(fitted["scale"])
+    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"]
+
+
+def fit_confidence(answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray]) -> dict:
+    """Weights for `confidence` from validation questions, each with its documents' features.
+
+    A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
+    documents from all others; then the bias is moved so that as large a share as possible of the answerable questions
+    is answered from a right document, plus as large a share as possible of the unanswerable ones not at all. `beside`
+    is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no wrong
+    document that has it.
+    """
+    from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
+
+    x = np.concatenate([f for f, _ in answerable] + list(unanswerable)).clip(-20, 20)  # as `confidence` does
+    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
+    known = ~np.isnan(x)
+    count = known.sum(0).clip(1)
+    mean = np.where(known, x, 0).sum(0) / count
+    spread = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / count)
+    scale = np.where(spread > 0, spread, 1.0)
+    model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
+    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
+    scores = [(confidence(f, fitted), mask) for f, mask in answerable]
+    right = np.array([s.max() if mask[s.argmax()] else -math.inf for s, mask in scores])
+    wrong = np.array([confidence(f, fitted).max() for f in unanswerable])
+    values = np.unique(np.concatenate([right[np.isfinite(right)], wrong]))
+    thresholds = np.concatenate([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
+    gain = [(right > t).mean() + (wrong <= t).mean() for t in thresholds]
+    bias = -float(thresholds[int(np.argmax(gain))])
+    others = [s[~mask].max() for s, mask in scores if not mask.all()]
+    return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
+
+
+def one_document_each(conversation: dict) -> list[dict]:
+    """The conversation once for each document in it, alone and under the number it had."""
+    messages, views, number = conversation["messages"], [], 0
+    for at, message in enumerate(messages):
+        for doc in message["documents"] if message["role"] == "retrieval" else []:
+            doc = doc if isinstance(doc, dict) else doc.shown()
+            number = doc.get("number") or number + 1
+            only = {**message, "documents": [{**doc, "number": number}]}
+            rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]
+            views.append({**conversation, "messages": rest})
+    return views
+
+
+def date_of(view: dict) -> str:
+    """The `date` of a view's document, or "". Dates sort as text: "2015", "2015-04-01"."""
+    return next((str(doc.get("date") or "") for doc in _documents(view)), "")
+
+
+def _documents(conversation: dict) -> list[dict]:
+    return [doc for m in conversation["messages"] if m["role"] == "retrieval" for doc in m["documents"]]

@@ -1,0 +1,174 @@
+"""Reading documents one by one: which one answers, how sure it is, who else is heard."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from nanochat.common import UserError
+from nanochat.documents import Document
+from nanochat.rag_utils import ABSTENTION, also_said
+from nanochat.reader import answer_each, answer_views, confidence, fit_confidence, focus, look, one_document_each
+from test_engine import TOK, conversation, make_engine
+
+
+def test_alone_a_document_keeps_its_number_and_its_question():
+    talk = conversation("And the river?", "one", "two")
+    talk["messages"].insert(1, {"role": "retrieval", "query": "hop", "documents": [Document("3", "T3", "three")]})
+    views = [TOK.decode(TOK.render_conversation(view)[0]) for view in one_document_each(talk)]
+    assert [v.partition("<|doc_start|>")[2].partition("<|doc_end|>")[0] for v in views] == [
+        " [1] T0\n one", " [2] T1\n two", " [3] T3\n three"]  # fmt: skip
+    assert all(v.count("<|retrieval_start|>") == 1 and " And the river?<|user_end|>" in v for v in views)
+    assert "<|retrieval_start|> hop<|doc_start|>" in views[2]
+    assert one_document_each(conversation("Hi")) == []
+
+
+def test_the_answer_comes_from_the_document_that_makes_abstaining_least_probable():
+    engine = make_engine(sequence_len=256)
+    several = [
+        conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c", "The river."], ["x", "y"])
+    ]
+    several += [conversation("Hi"), conversation("Alone?", "one")]
+    refusal = TOK.encode_text(ABSTENTION)
+    for talk, [(chosen, score)] in zip(several, focus(engine, several, max_tokens=20)):
+        if not (views := one_document_each(talk)):
+            assert (chosen, score) == (talk, math.inf)
+            continue
+        unsure = [sum(engine.score(engine.prompt(view, 20), refusal)) for view in views]
+        assert chosen == views[unsure.index(min(unsure))] and len(set(unsure)) == len(unsure)
+        assert score == pytest.approx(-min(unsure), rel=1e-2)  # log-odds of something rare
+
+
+def test_calibrated_it_abstains_where_the_confidence_is_too_low():
+    engine = make_engine(sequence_len=256)
+    talks = [conversation(q, *docs) for q in ("River?", "Capital?") for docs in (["a b", "c"], ["x", "y"])]
+    for k, talk in enumerate(talks):  # the second document is the likelier one, in two of the talks likely enough
+        for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, k / 4 + 0.2)):
+            doc["similarity"] = similarity
+    engine.model.confidence = {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": [0, 1, 0], "bias": 0}
+    kept, scores = answer_each(engine, [*talks, conversation("Hi")], max_tokens=9)
+    assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
+    chosen = [heard[0][0] for heard in focus(engine, talks, 9)]
+    assert kept[:2] == [ABSTENTION] * 2 and kept[2:4] == answer_views(engine, chosen[2:], 4, 9, quote=True)
+    assert ABSTENTION not in kept[2:]  # the last has no document: the model is asked
+    assert [engine.model.generate_from_conversation(t, max_tokens=9) for t in talks] == kept[:4]
+
+
+def test_what_the_retriever_thinks_may_decide():
+    engine = make_engine(sequence_len=256)
+    talk = conversation("River?", "a b", "c", "d")
+    for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, None, 0.9)):
+        doc["similarity"] = similarity
+    [(_, features)] = look(engine, [talk])
+    assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
+    assert features[:, 2] == pytest.approx([0, -math.log(2), -math.log(3)])
+    by = lambda *weights: {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": weights, "bias": 0.0}
+    assert confidence(features, by(0, 1, 0)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
+    for weights, number in (((0, 1, 0), 3), ((0, 0, 1), 1), ((0, -1, 0), 1)):
+        engine.model.confidence = by(*weights)
+        [[(chosen, _)]] = focus(engine, [talk])
+        assert [d["number"] for m in chosen["messages"] for d in m.get("documents", ())] == [number]
+
+
+def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
+    rng = np.random.default_rng(0)
+
+    def documents(n, gold):
+        """Features of which the first is noise, the second tells, and the third is unknown."""
+        mask = np.arange(n) == gold
+        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, np.full(n, math.nan)], 1), mask
+
+    known = [documents(4, i % 4) for i in range(60)]
+    unknown = [documents(4, -1)[0] for _ in range(60)]
+    fitted = fit_confidence(known, unknown)
+    assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
+    best = lambda f: confidence(f, fitted)
+    assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
+    assert np.mean([best(f).max() <= 0 for f in unknown]) > 0.95
+    assert fitted == json.loads(json.dumps(fitted))
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        {},
+        {"messages": [{"role": "retrieval"}, {"role": "user", "content": "Q?"}]},
+        {"messages": [{"role": "retrieval", "documents": ["text"]}]},
+        {"messages": [{"role": "retrieval", "documents": [{"content": "x", "number": "3"}]}]},
+        {"messages": [{"role": "retrieval", "documents": [{"content": "x", "similarity": "high"}]}]},
+    ],
+)
+def test_what_is_no_conversation_is_refused_before_it_is_read(talk):
+    with pytest.raises(UserError):
+        answer_each(make_engine("T"), [talk])
+
+
+@pytest.mark.parametrize("read", ["each", "together"])
+def test_the_model_itself_answers_after_reading_one_by_one_or_together(read):
+    engine = make_engine(sequence_len=256)
+    talks = [conversation(q, "one two", "three", "x y z") for q in ("River?", "Capital?", "Where is it?")]
+    alone = [heard[0][0] for heard in focus(engine, talks, 9)]
+    each = answer_views(engine, alone, 4, 9, quote=True)
+    together = engine.answer_batch(talks, max_tokens=9)
+    expected = each if read == "each" else together
+    assert [engine.model.generate_from_conversation(c, read=read, max_tokens=9) for c in talks] == expected
+    assert each != together
+    with pytest.raises(UserError, match="each"):
+        engine.model.generate_from_conversation(talks[0], read="both")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several documents that may answer
+
+
+def sure(*documents: tuple[str, float, str]) -> dict:
+    """A conversation over documents (content, similarity, date)."""
+    talk = conversation("River?", *[content for content, _, _ in documents])
+    for doc, (_, similarity, date) in zip(talk["messages"][0]["documents"], documents):
+        doc |= {"similarity": similarity} | ({"date": date} if date else {})
+    return talk
+
+
+def numbers(heard) -> list[int]:
+    return [d["number"] for view, _ in heard for m in view["messages"] for d in m.get("documents", ())]
+
+
+def test_other_documents_are_heard_if_they_are_as_sure_the_newest_first():
+    engine = make_engine(sequence_len=256)
+    engine.model.confidence = {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": [0, 1, 0], "bias": 0, "beside": 0.2}
+    talks = [
+        sure(("one", 0.9, ""), ("two", 0.6, ""), ("three", 0.8, "")),
+        sure(("one", 0.9, "2015"), ("two", 0.75, "2025-01"), ("three", 0.3, "2026")),
+        sure(("one", 0.9, "2015"), ("two", 0.75, "")),
+        sure(("one", 0.1, "2015"), ("two", 0.2, "2016")),
+    ]
+    assert [numbers(heard) for heard in focus(engine, talks)] == [[1, 3], [2, 1], [1, 2], [2]]
+    answers, scores = answer_each(engine, talks, max_tokens=9)
+    assert scores == pytest.approx([0.4, 0.4, 0.4, -0.3]) and answers[3] == ABSTENTION
+    for talk, answer in zip(talks[:3], answers):
+        [heard] = focus(engine, [talk])
+        first, second = answer_views(engine, [view for view, _ in heard], 4, 9, quote=True)
+        dates = [view["messages"][0]["documents"][0].get("date", "") for view, _ in heard]
+        assert answer == first + also_said((first, dates[0]), [(second, dates[1])])
+
+
+def test_what_was_read_once_is_not_read_again(monkeypatch):
+    engine, known, read = make_engine(sequence_len=256), {}, []
+    score = engine.score_batch
+    monkeypatch.setattr(engine, "score_batch", lambda prompts, *a: read.extend(prompts) or score(prompts, *a))
+    talks = [conversation("River?", "one", "two"), conversation("River?", "one", "three")]
+    first = [features for _, features in look(engine, talks, known=known)]
+    assert len(read) == 3 == len(known)
+    again = [features for _, features in look(engine, talks, known=known)]
+    assert len(read) == 3 and all((a == b).all() for a, b in zip(first, again))
+
+
+def test_wrong_documents_seldom_speak_beside_right_ones():
+    rng = np.random.default_rng(1)
+    mask = np.arange(4) == 0
+    known = [(np.stack([mask * 4 + rng.normal(size=4)] * 3, 1), mask) for _ in range(200)]
+    fitted = fit_confidence(known, [f[1:] for f, _ in known])
+    beside = [(confidence(f, fitted)[1:] > fitted["beside"]).any() for f, _ in known]
+    assert 0 < np.mean(beside) <= 0.025
+    assert np.mean([confidence(f, fitted)[0] > fitted["beside"] for f, _ in known]) > 0.7
