@@ -2,8 +2,8 @@
 
     python -m benchmarks.prefill --threads 1 --output prefill.json
 
-One prompt is read and the first token's logits are ready; weights are random, speed doesn't care. The patterns are those
-of benchmarks/patterns.py: equal in parameters to within 5 %. `ms_512` ... are the best rounds' milliseconds,
+One prompt is read and the first token's logits are ready; weights are random, speed doesn't care. The patterns are
+those of benchmarks/patterns.py: equal in parameters to within 5 %. `ms_512` ... are the best rounds' milliseconds,
 `cache_8192_mb` (and so on, for the longest context) what a conversation then keeps in memory.
 """
 

@@ -48,6 +48,7 @@ def strip_citations(text: str) -> str:
 
 
 _ALSO = ("This is as of {date}. As of {other}: ", "Or, by another document: ")
+_STATEMENT = re.compile(rf"(.+?)((?:\s*{_CITATION.pattern.replace('(', '(?:', 1)})+|$)", re.DOTALL)
 _LEAD = re.compile("|".join(re.escape(lead).replace(r"\{date\}", ".+?").replace(r"\{other\}", ".+?") for lead in _ALSO))
 
 
@@ -84,10 +85,8 @@ def statements(text: str) -> list[tuple[str, list[int]]]:
 
     statements("Rome. [1][3] Or, by another document: Turin. [2]")  # [("Rome.", [1, 3]), ("Turin.", [2])]
     """
-    parts = re.findall(rf"(.+?)((?:\s*{_CITATION.pattern.replace('(', '(?:', 1)})+|$)", text.strip(), re.DOTALL)
-    return [
-        (_LEAD.sub("", words.strip()), extract_citations(cited)) for words, cited in parts if re.search(r"\w", words)
-    ]
+    parts = ((words.strip(), cited) for words, cited in _STATEMENT.findall(text.strip()))
+    return [(_LEAD.sub("", words), extract_citations(cited)) for words, cited in parts if re.search(r"\w", words)]
 
 
 def main_answer(text: str) -> str:

@@ -1,7 +1,5 @@
 """The engine: the same answers however prompts are read, batched, resumed or streamed."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings

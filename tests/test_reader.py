@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from test_engine import TOK, conversation, make_engine
 
 from nanochat.common import UserError
 from nanochat.documents import Document
 from nanochat.rag_utils import ABSTENTION, also_said
 from nanochat.reader import answer_each, answer_views, confidence, fit_confidence, focus, look, one_document_each
-from test_engine import TOK, conversation, make_engine
 
 
 def test_alone_a_document_keeps_its_number_and_its_question():
