@@ -7,6 +7,7 @@ A stage that wasn't run is left out; a file that can't be read is named in the r
 """
 
 import json
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,15 @@ def write_report(output: Path, evals: Path) -> str:
             problems.append(f"- {file}: not an evaluation ({e})")
     if not tables:
         tables.append("Nothing was trained or evaluated yet.")
-    curves = [plot_confidence(file, output) for file in sorted(evals.glob("**/*.answers.jsonl"))]
+    answers = sorted(evals.glob("**/*.answers.jsonl"))
+    curves = [plot_confidence(file, output) for file in answers]
+    samples = [(file.name.removesuffix(".answers.jsonl"), sample_answers(file)) for file in answers]
     plots = [f"![confidence]({curve.name})" for curve in curves if curve]
     plots += [f"![{r.source}/{r.tag}]({plot_run(r, output).name})" for r in runs if r.steps]
     found = ", ".join(f"{name} {v}" for name, v in versions().items())
     parts = [f"# Report\n\n{time.strftime('%Y-%m-%d %H:%M')}, {found}", *tables]
     parts += ["## Curves\n\n" + "\n\n".join(plots)] if plots else []
+    parts += [f"## {name}: some answers over retrieved documents\n\n{sample}" for name, sample in samples if sample]
     parts += ["## Files that could not be read\n\n" + "\n".join(problems)] if problems else []
     with atomic_file(output / "report.md") as f:
         f.write("\n\n".join(parts) + "\n")
@@ -176,6 +180,20 @@ def plot_run(r: Run, output: Path) -> Path:
     figure.savefig(file, dpi=110)
     plt.close(figure)
     return file
+
+
+def sample_answers(file: Path, n: int = 30) -> str:
+    """A table of `n` random answers of the row `retrieved`, right and wrong; empty where there are none."""
+    try:
+        rows = [a for a in read_jsonl(file) if a["row"] == "retrieved"]
+        cells = [
+            {"question": a["query"], "answer": a["answer"], "wanted": a["answers"][0], "F1": f"{float(a['f1']):.2f}"}
+            | ({"confidence": f"{float(a['confidence']):.1f}"} if "confidence" in a else {})
+            for a in random.Random(0).sample(rows, min(n, len(rows)))
+        ]
+    except (UserError, KeyError, IndexError, TypeError, ValueError):
+        return ""
+    return markdown_table(cells) if cells else ""
 
 
 def plot_confidence(answers: Path, output: Path) -> Path | None:

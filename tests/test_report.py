@@ -72,3 +72,20 @@ def test_what_a_threshold_does_is_drawn_where_there_are_confidences(tmp_path, mo
     write_report(tmp_path / "report", tmp_path / "evals")
     assert [f.name for f in (tmp_path / "report").glob("*_confidence.png")] == ["rag_eval_confidence.png"]
     assert "(rag_eval_confidence.png)" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_some_answers_are_shown_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    (tmp_path / "evals").mkdir()
+    row = {"row": "retrieved", "answers": ["Rome"], "confidence": 1.25}
+    rows = [row | {"query": f"Q{n}?", "answer": f"A{n} | [1]", "f1": n / 40} for n in range(40)]
+    rows.append(row | {"row": "oracle", "query": "not this", "answer": "x", "f1": 1})
+    (tmp_path / "evals" / "rag_eval.answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "evals" / "foreign.answers.jsonl").write_text('{"row": "retrieved"}')
+    write_report(tmp_path / "report", tmp_path / "evals")
+    text = (tmp_path / "report" / "report.md").read_text()
+    lines = [line for line in text.partition("some answers")[2].splitlines() if line.startswith("| Q")]
+    assert len(lines) == 30 and "not this" not in text and text.count("some answers") == 1
+    cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    n = int(cells[0].strip("Q?"))
+    assert cells == [f"Q{n}?", f"A{n} / [1]", "Rome", f"{n / 40:.2f}", "1.2"]

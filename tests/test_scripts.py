@@ -88,11 +88,23 @@ def world(tmp_path_factory):
             rag_finetune, knowledge_base=w.kb, block_pattern="M,T", retriever_type="bm25", top_k=3, sequence_len=384,
             num_iterations=12, eval_every=0, val_examples=3,
         ))  # fmt: skip
+        (home / "sides.jsonl").write_text("".join(json.dumps(disagreement(n)) + "\n" for n in range(2)))
         w.found["rag_eval"] = rag_eval.main(rag_eval.Config(
             knowledge_base=w.kb, queries=w.queries + "/test.jsonl", retriever_type="bm25", top_k=3, max_examples=3,
             max_tokens=6, device="cpu", output=str(home / "rag_eval.json"), calibrate=w.queries + "/val.jsonl",
+            contradictions=str(home / "sides.jsonl"),
         ))  # fmt: skip
         yield w
+
+
+def disagreement(n: int) -> dict:
+    """A row of contradictions.jsonl."""
+    old, new = (
+        {"answer": town, "answers": [town, f"city of {town}"], "date": date, "title": f"Learning {n}",
+         "passage": f"In {date} the capital of learning was {town}.", "passage_undated": f"Its capital is {town}."}
+        for town, date in (("Turin", "1862"), ("Rome", "2025"))
+    )  # fmt: skip
+    return {"id": f"c{n}", "query": "What is the capital of learning?", "country": "learning", "old": old, "new": new}
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +244,46 @@ def test_counterfactual_questions_are_asked_about_changed_documents(world):
     assert len(asked) > 12
 
 
+def test_documents_that_disagree_stand_among_others(world):
+    answers = [json.loads(x) for x in (world.home / "rag_eval.answers.jsonl").open()]
+    for kind in ("dated", "undated"):
+        shown = [a for a in answers if a["row"] == f"contradictory_{kind}"]
+        assert [a["id"] for a in shown] == [f"c{n}-{kind}" for n in (0, 1)] or len(shown) == 2
+        assert all(len(a["documents"]) == 3 and set(a["positive_ids"]) < set(a["documents"]) for a in shown)
+        assert "over_abstention" in world.found["rag_eval"]["rows"][f"contradictory_{kind}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "f1", "recall", "hallucination"),
+    [
+        ("dated", "Rome. [2] This is as of 2025. As of 1862: Turin. [1]", 1, 1, 0),
+        ("dated", "Turin. [1]", 0, 0.5, 0),
+        ("dated", "Rome. [2]", 1, 0.5, 0),
+        ("undated", "Turin. [1] Or, by another document: Rome. [2]", 1, 1, 0),
+        ("undated", "Turin. [2] Or, by another document: Rome. [1]", 0, 1, 0),
+        ("undated", "Turin. [1]", 0.5, 0.5, 0),
+        ("undated", "Turin. [1] Or, by another document: Milan. [3]", 0.5, 0.5, 1),
+        ("undated", ABSTENTION, 0, None, 0),
+    ],
+)
+def test_answers_over_documents_that_disagree_are_judged_by_what_they_say_of_each(
+    world, kind, answer, f1, recall, hallucination, tmp_path
+):
+    (tmp_path / "c.jsonl").write_text(json.dumps(disagreement(0)))
+    config = rag_eval.Config(contradictions=str(tmp_path / "c.jsonl"))
+    [row] = rag_eval.contradictions(config, {None}, RetrievalManager("simple", world.kb))[kind]
+    assert [d.shown().get("date") for d in row["sides"]] == (["1862", "2025"] if kind == "dated" else [None, None])
+    judged = rag_eval.judge(row, [*row["sides"], Document("x", "X", "x")], answer)
+    assert (judged["f1"], judged.get("citation_recall"), judged["hallucination"]) == (f1, recall, hallucination)
+    assert rag_eval.contradictions(config, {"val"}, RetrievalManager("simple", world.kb))[kind] == []
+
+
+def test_an_evaluation_says_what_an_answer_costs(world):
+    rows = world.found["rag_eval"]["rows"]
+    assert all(row["ttft_ms"] > 0 for name, row in rows.items() if name not in ("always_abstain", "first_entity"))
+    assert rows["closed_book"]["tokens"] < rows["oracle"]["tokens"] < rows["retrieved"]["tokens"]
+
+
 def test_other_retrievers_are_asked_where_rows_says_so(world):
     found = rag_eval.main(rag_eval.Config(
         knowledge_base=world.kb, queries=world.queries + "/test.jsonl", max_examples=2, max_tokens=3,
@@ -246,6 +298,8 @@ def test_the_same_seed_asks_the_same_questions(world, tmp_path):
         max_tokens=3, rows="retrieved,always_abstain", device="cpu",
     )  # fmt: skip
     first, second = rag_eval.main(config)["rows"], rag_eval.main(config)["rows"]
+    for rows in (first, second):
+        assert rows["retrieved"].pop("ttft_ms") > 0
     assert list(first) == ["retrieved", "always_abstain"] and first == second
 
 
