@@ -249,7 +249,7 @@ class RemoveConfig:
     """remove: take documents out of a knowledge base."""
 
     knowledge_base: str = ""  # a folder made by prepare_kb
-    ids: str = ""  # the documents' ids, with commas between them
+    ids: str = ""  # the documents' ids, with commas between them; or @FILE with one in each line
 
 
 @dataclass
@@ -350,7 +350,13 @@ def add(config: AddConfig) -> None:
 
 def remove(config: RemoveConfig) -> None:
     _require(config, "knowledge_base", "ids")
-    ids = [i.strip() for i in config.ids.split(",") if i.strip()]
+    ids = config.ids.split(",")
+    if config.ids.startswith("@"):  # an id may have a comma in it
+        try:
+            ids = Path(config.ids[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--ids {config.ids}: cannot read the file ({e})") from e
+    ids = [i.strip() for i in ids if i.strip()]
     if not ids:
         raise UserError("--ids names no document; query shows ids")
     remove_documents(config.knowledge_base, ids)

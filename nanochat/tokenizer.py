@@ -171,7 +171,8 @@ class Tokenizer:
         fixed = sum(len(ids) for score, ids, _ in parts if score is None)
         if fixed > max_tokens:
             raise UserError(
-                f"the messages take {fixed} tokens without any document; the model reads at most {max_tokens}"
+                f"the messages take {fixed} tokens without any document; the model reads at most {max_tokens}: "
+                "shorten the question"
             )
         # the later of two equals goes first; the last one left is truncated rather than dropped
         for i in sorted(docs, key=lambda i: (parts[i][0], -i))[:-1]:

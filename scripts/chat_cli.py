@@ -78,7 +78,8 @@ class Chat:
         self.read, self.answer = set(), ""
         abstain, others = bool(self.manager and not self.documents), []  # nothing to answer from
         if c.read == "each" and self.documents:
-            [heard] = focus(self.engine, [conversation], c.max_tokens)
+            many = len(self.documents) > 20  # seconds without a word
+            [heard] = focus(self.engine, [conversation], c.max_tokens, progress=many)
             self.read = set(range(1, len(self.documents) + 1))  # each had room
             abstain, [conversation, *others] = abstains(self.engine, heard), [view for view, _ in heard]
         pieces = iter([ABSTENTION]) if abstain else self._pieces(conversation, others)

@@ -15,6 +15,9 @@ import torch
 from tqdm import tqdm
 
 from nanochat import blocks
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import SPECIAL_TOKENS
+from tasks.factbook import load_documents
 
 LOCAL = {"localhost", "localhost.localdomain", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname(), "", None}
 
@@ -47,6 +50,21 @@ def base_dir(tmp_path_factory, pytestconfig):
             if hasattr(module, "get_base_dir"):
                 patch.setattr(module, "get_base_dir", lambda: cache)
         yield base
+
+
+@pytest.fixture(scope="session")
+def documents() -> dict[str, dict]:
+    """The factbook's passages by id; not to be changed."""
+    return load_documents()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> GPT:
+    """A small untrained model that reads bytes."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(512, 256 + len(SPECIAL_TOKENS), 1, 2, 2, 32, "T"))
+    model.init_weights()
+    return model.eval()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -607,8 +607,15 @@ def test_documents_come_and_go_by_command(tmp_path, capsys):
     cli(["remove", "--knowledge_base", kb, "--ids", "chad"])
     cli(["query", "--knowledge_base", kb, "--query", "Chari"])
     assert "no document" in capsys.readouterr().out
+    comma = _write(tmp_path / "comma.jsonl", [Document("a, b", "Comma", "The comma of Chad.")])
+    cli(["add", "--knowledge_base", kb, "--documents", comma])
+    (tmp_path / "ids.txt").write_text("a, b\n\n")
+    cli(["remove", "--knowledge_base", kb, "--ids", f"@{tmp_path / 'ids.txt'}"])
+    cli(["query", "--knowledge_base", kb, "--query", "comma"])
+    assert "no document" in capsys.readouterr().out
     ask = ["query", "--knowledge_base", kb, "--query", "x"]
-    for bad in ([*ask, "--filters", "year"], [*ask, "--mmr", "2"], ["remove", "--knowledge_base", kb, "--ids", "chad"]):
+    remove = ["remove", "--knowledge_base", kb, "--ids"]
+    for bad in ([*ask, "--filters", "year"], [*ask, "--mmr", "2"], [*remove, "chad"], [*remove, "@nowhere.txt"]):
         with pytest.raises(SystemExit) as end:
             cli(bad)
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
