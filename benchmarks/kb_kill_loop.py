@@ -47,7 +47,7 @@ class Checksums:
         rows = [np.random.default_rng(zlib.crc32(text.encode())).standard_normal(8) for text in texts]
         return np.array([row / np.linalg.norm(row) for row in rows], dtype=np.float32)
 
-    encode_queries = encode_passages
+    encode_queries = encode_together = encode_passages
 
 
 def step(held: dict[str, str], rng: random.Random) -> tuple[str, dict[str, str], dict]:

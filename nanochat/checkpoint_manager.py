@@ -310,13 +310,13 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
 
 
 def check_confidence(fitted: Any) -> dict | None:
-    """meta.json's "confidence" (`engine.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
-    if fitted is None:
+    """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
+    if fitted is None or (isinstance(fitted, dict) and "beside" not in fitted):  # an older one weighed other features
         return None
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
     if {len(v) for v in out.values()} != {3} or 0 in out["scale"]:
         raise ValueError("confidence needs three numbers of each kind")
-    return out | {"bias": float(fitted["bias"])}
+    return out | {name: float(fitted[name]) for name in ("bias", "beside")}
 
 
 def load_model(

@@ -17,8 +17,8 @@ from nanochat.common import UserError, read_jsonl
 class Document:
     """A passage. `metadata` holds the other fields of its JSON line.
 
-    `score` is set on what a retriever returns, and `similarity`, the cosine of query and passage, if it compares
-    sentence vectors.
+    `score` is set on what a retriever returns, and `similarity`, the cosine of the query and the sentence that is
+    closest to it, if it compares sentence vectors.
     """
 
     id: str

@@ -27,7 +27,7 @@ from nanochat.gpt import GPT, Cache
 from nanochat.rag_utils import ABSTENTION, is_quote
 from nanochat.tokenizer import Tokenizer
 
-QUOTE_FROM = 32  # likeliest tokens among which one is looked for that goes on quoting
+QUOTE_FROM = 32  # likeliest tokens among which the one that goes on quoting is looked for first
 PREFILL_TOKENS = 2048  # tokens read in one call, over all rows: enough to fill the cores, little enough to fit anywhere
 
 
@@ -102,6 +102,7 @@ class Engine:
         speed_up(model)
         self.stop = {tokenizer.assistant_end, tokenizer.bos}
         self.special = set(tokenizer.special_ids.values())
+        self.refusal = tokenizer.encode_text(ABSTENTION)
         self.last_read: Prefix | None = None  # the prompt `stream` read last: a follow-up reads only what is new
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -371,7 +372,11 @@ class Engine:
             tokens = sample(logits, temperature, top_k, top_p, generator)
             for i, row in enumerate(rows):
                 if quotes and quotes[row]:
-                    tokens[i] = self._quoting(logits[i], int(tokens[i]), said[row], quotes[row], stop)
+                    likely = logits[i]
+                    if not step and self._refuses(tokens[i], quotes[row], cache, i):
+                        likely = likely.scatter(0, tokens[i], -math.inf)
+                        tokens[i] = likely.argmax()
+                    tokens[i] = self._quoting(likely, int(tokens[i]), said[row], quotes[row], stop)
                 said[row].append(int(tokens[i]))
             logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             values = tokens.tolist()
@@ -383,14 +388,24 @@ class Engine:
                 rows, tokens, cache = [rows[i] for i in live], tokens[live], cache.select(live)
             logits = self._logits(decode_one(self.model, tokens, cache))
 
+    def _refuses(self, token: torch.Tensor, text: str, cache: Cache, row: int) -> bool:
+        """Whether a first token begins the abstention, though `text` doesn't have it; names begin with an "I", too."""
+        if int(token) != self.refusal[0] or ABSTENTION in text:
+            return False
+        ahead = self._logits(decode_one(self.model, token[None], cache.select([row])))
+        return int(ahead.argmax()) == self.refusal[1]
+
     def _quoting(self, logits: torch.Tensor, token: int, said: list[int], text: str, stop: Collection[int]) -> int:
         """`token`, or if it doesn't go on quoting `text` the likeliest that does; where there is none, `token`."""
-        for candidate in (token, *logits.topk(min(QUOTE_FROM, logits.numel())).indices.tolist()):
-            done = candidate in stop
-            if (done or candidate not in self.special) and is_quote(
-                self.text(said if done else [*said, candidate]).rstrip("\ufffd"), text, done
-            ):
-                return candidate
+        for n in (QUOTE_FROM, logits.numel()):  # hardly ever more than a few have to be tried
+            for candidate in (token, *logits.topk(min(n, logits.numel())).indices.tolist()):
+                done = candidate in stop
+                if candidate in self.special and not done:
+                    continue
+                words = self.text(said if done else [*said, candidate])
+                ends = [c for c in set(text) if not c.isascii()] if words.endswith("\ufffd") else []  # half a character
+                if any(is_quote(words[:-1] + c, text, done) for c in ends) or is_quote(words, text, done):
+                    return candidate
         return token
 
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from nanochat.common import UserError, is_main
 from nanochat.documents import Document, read_documents, tokenize, valid_unicode
-from nanochat.extract import extract
 
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".jsonl")
 
@@ -70,6 +69,12 @@ def split(text: str, chunk_tokens: int = 128, overlap: int = 24) -> list[tuple[i
                 tight.pop()
             tight.append((a, b))
     return tight
+
+
+def sentences(text: str, limit: int = 64) -> list[str]:
+    """The sentences of a text, in order; what is longer than `limit` tokens comes in pieces."""
+    found = (text[a:b].strip() for a, b, _ in _pieces(text, 0, len(text), limit))
+    return [sentence for sentence in found if sentence]
 
 
 def _pieces(text: str, start: int, end: int, limit: int, level: int = 0) -> Iterator[tuple[int, int, int]]:
@@ -156,6 +161,8 @@ def _find(folder: Path, stats: dict) -> list[Path]:
 
 def _of_text(file: Path, name: str, chunk_tokens: int, overlap: int, notes: dict) -> Iterator[tuple[str, Document]]:
     """Yield the passages of a file of text, each behind its hash."""
+    from nanochat.extract import extract  # its parsers take a while to import, and a chat needs none of them
+
     found = extract(file)
     if found.warning:
         notes[name] = found.warning

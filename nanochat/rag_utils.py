@@ -105,6 +105,8 @@ def is_quote(said: str, text: str, done: bool = False) -> bool:
     is_quote("Antan", "Antananarivo is the capital.")  # True
     is_quote("Antananarivo. [1", "Antananarivo is the capital.")  # True
     """
+    if not said.strip():
+        return not done
     words, cites, tail = said.rpartition(". [") if ". [" in said else (said.rstrip(), "", "")
     if cites:
         return _in_words(words, text, whole=True) and bool(_TAIL.fullmatch(tail)) and (not done or tail.endswith("]"))

@@ -33,16 +33,16 @@ def look(
 ) -> list[tuple[list[dict], np.ndarray]]:
     """Each conversation once for every document in it, and what speaks for answering from that one.
 
-    The latter is (documents, 3): the log-odds that the model answers rather than abstains when it reads this
-    document alone; the document's similarity to the query (nan where the retriever gave none); minus the logarithm
-    of its place, 1 being what the retriever thinks most of. `known` remembers the model's part from call to call.
+    The latter is (documents, 3): the log-odds that the model answers rather than abstains when it reads this document
+    alone (abstains in all words: other answers begin with an "I", too); the document's similarity to the query (nan
+    where the retriever gave none); minus the logarithm of its place, 1 being what the retriever thinks most of.
+    `known` remembers the model's part from call to call.
     """
     views = [one_document_each(check_conversation(c)) for c in conversations]
-    refusal = engine.tokenizer.encode_text(ABSTENTION)  # all of it: other answers begin with an "I", too
     prompts = [engine.prompt(view, max_tokens) for v in views for view in v]
     keys, known = [np.array(ids).tobytes() for ids in prompts], {} if known is None else known
     new = {key: ids for key, ids in zip(keys, prompts) if key not in known}
-    known.update(zip(new, engine.score_batch(list(new.values()), refusal, batch_size, progress)))
+    known.update(zip(new, engine.score_batch(list(new.values()), engine.refusal, batch_size, progress)))
     abstains = np.array([known[key] for key in keys]).clip(max=-1e-6)
     odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
     for v in views:

@@ -64,7 +64,7 @@ from nanochat.retrievers import (
 )
 from nanochat.tokenizer import check_conversation
 
-SEARCH_VERSION = 1  # part of the cache's key: raise it when the same question gets another answer
+SEARCH_VERSION = 2  # part of the cache's key: raise it when the same question gets another answer
 # below this many documents, the indexes of a changed knowledge base are made anew when it is opened
 REINDEX = 20_000
 

@@ -79,7 +79,7 @@ from nanochat.rag_utils import (
     strip_citations,
 )
 from nanochat.reader import abstains, answer_each, fit_confidence, focus, look, may_quote, one_document_each
-from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval import DenseRetriever, RetrievalManager
 from tasks.factbook import load_queries
 from tasks.rag_task import RAGMix, RAGTask, states_answer
 
@@ -327,14 +327,15 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
 def contradictions(config: Config, splits: set, manager: RetrievalManager) -> dict[str, list[dict]]:
     """Questions of these splits to which two documents, `sides`, give different answers: dated and undated ones.
 
-    The documents are not in the knowledge base; the retriever's encoder, if it has one, says how similar they are.
+    The documents are not in the knowledge base; a retriever that compares vectors says how similar they are.
     """
     path = Path(config.contradictions or Path(config.queries).parent / "contradictions.jsonl")
     if not config.contradictions and not path.exists():
         return {}
-    rows = [r for r in read_jsonl(path, ("id", "query", "old", "new")) if r.get("split") in splits]
+    rows = [r for r in read_jsonl(path, ("id", "query", "old", "new")) if "split" not in r or r["split"] in splits]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, len(rows)))
-    encoder, out = getattr(manager.retriever, "encoder", None), {}
+    parts, out = getattr(manager.retriever, "parts", [manager.retriever]), {}
+    dense = next((part for part in parts if isinstance(part, DenseRetriever)), None)
     for kind, key in (("dated", "passage"), ("undated", "passage_undated")):
         out[kind] = []
         for r in rows:
@@ -343,9 +344,9 @@ def contradictions(config: Config, splits: set, manager: RetrievalManager) -> di
                 Document(f"{r['id']}-{age}", r[age]["title"], r[age][key], metadata=date)
                 for age, date in zip(("old", "new"), dates)
             )
-            if encoder:
-                [query], passages = encoder.encode_queries([r["query"]]), encoder.encode_passages([old.text, new.text])
-                old, new = (replace(d, similarity=float(query @ v)) for d, v in zip((old, new), passages))
+            if dense:
+                [query] = dense.encoder.encode_queries([r["query"]])
+                old, new = (replace(d, similarity=dense.similarity(query, d)) for d in (old, new))
             told = {"answer": r["new"]["answer"], "answers": r["new"]["answers"], "also": r["old"]["answers"]}
             told |= {"positive_ids": [old.id, new.id], "sides": [old, new], "hops": 2, "type": kind}
             out[kind].append({**r, **told, "id": f"{r['id']}-{kind}"})

@@ -13,6 +13,7 @@ from nanochat.documents import Document
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag_utils import ABSTENTION
+from nanochat.reader import answer_each, focus
 from nanochat.retrieval import build_kb
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import chat_cli
@@ -77,8 +78,35 @@ def test_one_shot_answers_on_stdout_and_shows_passages_on_stderr(home, monkeypat
     capsys.readouterr()
     manager = chat_cli.RetrievalManager("bm25", home / "kb")
     asked = {"messages": [{"role": "user", "content": "What is the river of Freedonia?"}]}
-    assert out == Engine(model, tokenizer).answer(manager.augment_conversation(asked, 5), max_tokens=8) + "\n"
+    [answer], _ = answer_each(Engine(model, tokenizer), [manager.augment_conversation(asked, 5)], max_tokens=8)
+    assert out == answer + "\n" and answer
     assert "[1]" in err and "Freedonia - Land" in err and "cited:" in err
+
+
+def test_of_passages_that_disagree_the_newer_is_heard_first_and_the_other_one_too(home, monkeypatch, capsys):
+    """The model has no idea; whatever it says of each passage is put together as in an evaluation."""
+    kb, load = home / "dated", chat_cli.load_model
+    dated = [
+        Document(f"d{n}", f"Freedonia {n}", f"Its river is the {n}.", metadata={"date": n}) for n in ("2001", "2020")
+    ]
+    build_kb(dated, kb, "bm25")
+    sure = {"mean": [0, 0, 0], "scale": [1, 1, 1], "weights": [0, 0, 0], "bias": 1.0, "beside": 0.5}
+
+    def load_sure(*args, **options):
+        model, *rest = load(*args, **options)
+        model.confidence = sure
+        return model, *rest
+
+    monkeypatch.setattr(chat_cli, "load_model", load_sure)
+    assert cli(monkeypatch, "--knowledge_base", str(kb), "-p", "What is the river of Freedonia?") == 0
+    out = capsys.readouterr().out
+    model, tokenizer, _ = load_sure("rag", "cpu")
+    asked = {"messages": [{"role": "user", "content": "What is the river of Freedonia?"}]}
+    manager = chat_cli.RetrievalManager("bm25", kb)
+    [answer], _ = answer_each(Engine(model, tokenizer), [manager.augment_conversation(asked, 5)], max_tokens=8)
+    assert out == answer + "\n"
+    [heard] = focus(Engine(model, tokenizer), [manager.augment_conversation(asked, 5)])
+    assert [view["messages"][0]["documents"][0]["date"] for view, _ in heard] == ["2020", "2001"]
 
 
 def test_where_nothing_is_found_the_model_is_not_asked(home, monkeypatch, capsys):

@@ -6,9 +6,9 @@ import random
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tasks import Echo
 
 import tasks.drills as drills
-from test_tasks import Echo
 from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import Tokenizer
 from tasks.common import (
