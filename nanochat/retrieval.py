@@ -64,7 +64,7 @@ from nanochat.retrievers import (
 )
 from nanochat.tokenizer import check_conversation
 
-SEARCH_VERSION = 2  # part of the cache's key: raise it when the same question gets another answer
+SEARCH_VERSION = 1  # part of the cache's key: raise it when the same question gets another answer
 # below this many documents, the indexes of a changed knowledge base are made anew when it is opened
 REINDEX = 20_000
 
@@ -165,11 +165,16 @@ class RetrievalManager:
         return self.retriever.kb.documents
 
     def retrieve(self, query: str, top_k: int | None = None, **options) -> list[Document]:
-        """The best documents for the query, best first: copies with `score` set. `options` as in `Retriever.search`."""
-        return self.retrieve_batch([query], top_k, **options)[0]
+        """The best documents for the query, best first: copies with `score` and, where vectors are compared,
+        `similarity` set. `options` as in `Retriever.search`."""
+        return self.compare(query, self.retrieve_batch([query], top_k, **options)[0])
+
+    def compare(self, query: str, documents: Sequence[Document]) -> list[Document]:
+        """Copies of any documents with their `similarity` to the query, if this retriever compares vectors."""
+        return self.retriever.compare(query, documents)
 
     def retrieve_batch(self, queries: Sequence[str], top_k: int | None = None, **options) -> list[list[Document]]:
-        """`retrieve` for many queries at once."""
+        """The documents for many queries at once, not compared: that takes a few milliseconds a document."""
         retriever, top_k, options = self.retriever, self.top_k if top_k is None else top_k, {**self.options, **options}
         if self.cache is None or not all(isinstance(query, str) for query in queries):
             return retriever.retrieve_batch(queries, top_k, **options)
@@ -180,7 +185,7 @@ class RetrievalManager:
         missing = {key: query for key, query in zip(keys, queries) if key not in known}
         new = dict(zip(missing, retriever.search(list(missing.values()), top_k, **options), strict=True))
         self.cache.put_many({key: json.dumps(found).encode() for key, found in new.items()})
-        return [retriever.copies(query, (known | new)[key]) for key, query in zip(keys, queries)]
+        return [retriever.copies((known | new)[key]) for key in keys]
 
     def add_documents(self, documents: Sequence[Document]) -> None:
         """Add documents, durably; only they are embedded. A known id is an error."""

@@ -166,19 +166,16 @@ class Retriever:
     def retrieve_batch(self, queries: Sequence[str], top_k: int = 5, **options) -> list[list[Document]]:
         """`retrieve` for many queries at once; the results are the same. `options` are `search`'s."""
         hits = self.search(queries, top_k, **options)
-        return [self.copies(query, found) for query, found in zip(queries, hits, strict=True)]
+        return [self.copies(found) for found in hits]
 
-    def copies(self, query: str, found: Sequence[Hit]) -> list[Document]:
-        """Hits -> documents of the caller's own, with their scores and, where vectors are compared, similarities."""
-        docs, alike = [self.documents[i] for _, i in found], self._similarities(query, [i for _, i in found])
-        return [
-            replace(doc, score=score, similarity=x, metadata=copy.deepcopy(doc.metadata))
-            for doc, (score, _), x in zip(docs, found, alike)
-        ]
+    def copies(self, found: Sequence[Hit]) -> list[Document]:
+        """Hits -> documents of the caller's own, with their scores."""
+        docs = (self.documents[i] for _, i in found)
+        return [replace(doc, score=score, metadata=copy.deepcopy(doc.metadata)) for doc, (score, _) in zip(docs, found)]
 
-    def _similarities(self, query: str, positions: list[int]) -> list[float | None]:
-        """How similar the documents are to the query (`DenseRetriever.similarity`); None without vectors."""
-        return [None] * len(positions)
+    def compare(self, query: str, docs: Sequence[Document]) -> list[Document]:
+        """Copies of any documents with their `similarity` to the query; where no vectors are compared, without."""
+        return list(docs)
 
     def search(
         self,
@@ -424,7 +421,7 @@ class DenseRetriever(Retriever):
         keep: np.ndarray | None = None,
     ):
         super().__init__(documents, keep)
-        self.encoder, self.known, self.sentences = encoder or get_encoder(), OrderedDict(), OrderedDict()
+        self.encoder, self.known, self.known_sentences = encoder or get_encoder(), OrderedDict(), OrderedDict()
         vectors = vectors or [self.encoder.encode_passages([doc.text for doc in self.documents])]
         self.base, tail = vectors[0], vectors[1:]
         self.tail = np.concatenate(tail) if tail else np.zeros((0, self.base.shape[1]), dtype=np.float32)
@@ -464,25 +461,25 @@ class DenseRetriever(Retriever):
         rows = self._rows(positions)
         return rows @ rows.T
 
-    def _similarities(self, query: str, positions: list[int]) -> list[float | None]:
-        [vector] = self._encode([valid_unicode(query[:MAX_QUERY_CHARS])])
-        return [self.similarity(vector, self.documents[i]) for i in positions]
-
-    def similarity(self, query: np.ndarray, doc: Document) -> float:
-        """The highest cosine of the query's vector (dims,) and one of the document's sentences, title before it.
+    def compare(self, query: str, docs: Sequence[Document]) -> list[Document]:
+        """Copies with, as `similarity`, the highest cosine of the query and one of a document's sentences, titled.
 
         A passage of several facts is as far from a question as its other facts are; its best sentence isn't. On the
-        Factbook this tells right passages from wrong ones far better than the passage's own cosine (docs/LOG.md).
+        Factbook this tells right passages from wrong ones far better than the passage's own cosine (docs/LOG.md). It
+        takes a few milliseconds a document; what was compared last is remembered.
         """
+        [vector] = self._encode([valid_unicode(query[:MAX_QUERY_CHARS])])
+        return [replace(doc, similarity=float((self._sentences(doc) @ vector).max())) for doc in docs]
+
+    def _sentences(self, doc: Document) -> np.ndarray:
+        """The vectors (sentences, dims) of a document's sentences, the title before each."""
         with self.lock:
-            if doc.text not in self.sentences:
+            if doc.text not in self.known_sentences:
                 texts = [f"{doc.title}\n{sentence}" for sentence in sentences(doc.content)[:MAX_SENTENCES]]
-                self.sentences[doc.text] = self.encoder.encode_together(texts or [doc.text]).astype(np.float16)
-            rows = self.sentences[doc.text]
-            self.sentences.move_to_end(doc.text)
-            while len(self.sentences) > REMEMBERED:
-                self.sentences.popitem(last=False)
-        return float((rows.astype(np.float32) @ query).max())
+                self.known_sentences[doc.text] = self.encoder.encode_together(texts or [doc.text])
+                if len(self.known_sentences) > REMEMBERED:
+                    self.known_sentences.popitem(last=False)
+            return self.known_sentences[doc.text]
 
 
 class HybridRetriever(Retriever):
@@ -503,7 +500,7 @@ class HybridRetriever(Retriever):
             raise UserError(f"alpha must be a number from 0 to 1, not {alpha!r}")
         super().__init__(parts[0].documents, parts[0].keep)
         self.parts, self.fusion, self.shares = parts, fusion, [1 - alpha, alpha]
-        self._likeness, self._similarities = parts[-1]._likeness, parts[-1]._similarities
+        self._likeness, self.compare = parts[-1]._likeness, parts[-1].compare
 
     def _search(self, queries: list[str], top_k: int, mask: np.ndarray | None) -> list[list[Hit]]:
         depth = min(max(self.DEPTH, top_k), len(self.documents))

@@ -40,7 +40,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -79,7 +79,7 @@ from nanochat.rag_utils import (
     strip_citations,
 )
 from nanochat.reader import abstains, answer_each, fit_confidence, focus, look, may_quote, one_document_each
-from nanochat.retrieval import DenseRetriever, RetrievalManager
+from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
 from tasks.rag_task import RAGMix, RAGTask, states_answer
 
@@ -135,7 +135,7 @@ def main(config: Config) -> dict:
     if "single" not in by_type:
         raise UserError(f"{config.queries} has no single-hop question whose gold documents are in this knowledge base")
     of = {documents[p].metadata.get("split") for r in rows for p in r["positive_ids"]}
-    disagree = contradictions(config, of, manager)
+    disagree = contradictions(config, of)
     by_type |= {kind: pool for kind, pool in disagree.items() if pool}
     asked = list({r["id"]: r for kind in by_type.values() for r in kind}.values())
     deep = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in asked])
@@ -179,10 +179,7 @@ def main(config: Config) -> dict:
         return random.Random(row["id"]).sample(docs, len(docs))
 
     others = [t for t in kb_serves(kb_info(config.knowledge_base)) if t != manager.retriever_type]
-    by_type["counterfactual"], changed = counterfactual(
-        by_type["single"], pools["single"], documents, found, config.seed
-    )
-
+    by_type["counterfactual"], changed = counterfactual(by_type["single"], pools["single"], documents, config.seed)
     if not by_type["counterfactual"]:
         del by_type["counterfactual"]
 
@@ -266,9 +263,15 @@ def main(config: Config) -> dict:
 
 
 def read_and_answer(
-    engine: Engine, config: Config, each: bool, known: dict[bytes, float], conversations: list[dict]
+    engine: Engine,
+    manager: RetrievalManager,
+    config: Config,
+    each: bool,
+    known: dict[bytes, float],
+    asks: list[tuple[str, list[Document]]],
 ) -> list[tuple[str, float]]:
-    """Answers to conversations whose documents are read one by one (`each`) or together, and their confidence."""
+    """Answers over documents that are read one by one (`each`) or together, and their confidence."""
+    conversations = [ask(query, manager.compare(query, docs) if each else docs) for query, docs in asks]
     if each:
         c = config
         found = answer_each(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
@@ -280,23 +283,28 @@ def read_and_answer(
 
 
 def what_it_costs(
-    engine: Engine, config: Config, each: bool, conversations: list[dict], ranks: int
+    engine: Engine,
+    manager: RetrievalManager,
+    config: Config,
+    each: bool,
+    asks: list[tuple[str, list[Document]]],
+    ranks: int,
 ) -> dict[str, float]:
     """`ttft_ms` and `tokens` (see the module's docstring); the main process measures, the others wait for it."""
 
     def measure(_) -> list[dict[str, float]]:
         times = []
-        for conversation in conversations[:TIMED] if is_main() else ():
+        for query, docs in asks[:TIMED] if is_main() else ():
             start = time.perf_counter()
+            conversation = ask(query, manager.compare(query, docs) if each else docs)
             heard = focus(engine, [conversation], config.max_tokens)[0] if each else [(conversation, math.inf)]
             if not abstains(engine, heard):
                 text = (may_quote(engine, heard[0][0]) if each else quotable(heard[0][0])) if config.quote else ""
                 next(engine.stream(heard[0][0], config.max_tokens, quote=text), None)
             times.append(1000 * (time.perf_counter() - start))
-        views = [one_document_each(c) if each else [c] for c in conversations[:: max(1, len(conversations) // 50)]]
-        tokens = [
-            sum(len(engine.prompt(view, config.max_tokens)) for view in v or [c]) for v, c in zip(views, conversations)
-        ]
+        some = [ask(query, docs) for query, docs in asks[:: max(1, len(asks) // 50)]]
+        views = [(one_document_each(c) if each else []) or [c] for c in some]
+        tokens = [sum(len(engine.prompt(view, config.max_tokens)) for view in v) for v in views]
         return [{"ttft_ms": float(np.median(times)), "tokens": float(np.mean(tokens))}] if times else [{}]
 
     return over_ranks(measure, range(ranks))[0]
@@ -318,24 +326,24 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
         raise UserError(
             f"--calibrate {config.calibrate}: no question of one hop finds its gold document, or nothing else"
         )
-    views = partial(look, engine, max_tokens=config.max_tokens, batch_size=config.batch_size, progress=is_main())
-    features = [x for _, x in over_ranks(views, [ask(r["query"], docs) for r, docs in there + gone])]
+
+    def views(part: list[tuple[str, list[Document]]]) -> list:
+        asked = [ask(query, manager.compare(query, docs)) for query, docs in part]
+        return look(engine, asked, config.max_tokens, config.batch_size, is_main())
+
+    features = [x for _, x in over_ranks(views, [(r["query"], docs) for r, docs in there + gone])]
     right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
     return fit_confidence(list(zip(features, right)), features[len(there) :])
 
 
-def contradictions(config: Config, splits: set, manager: RetrievalManager) -> dict[str, list[dict]]:
-    """Questions of these splits to which two documents, `sides`, give different answers: dated and undated ones.
-
-    The documents are not in the knowledge base; a retriever that compares vectors says how similar they are.
-    """
+def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
+    """Questions of these splits to which two documents, `sides`, give different answers: dated and undated ones."""
     path = Path(config.contradictions or Path(config.queries).parent / "contradictions.jsonl")
     if not config.contradictions and not path.exists():
         return {}
     rows = [r for r in read_jsonl(path, ("id", "query", "old", "new")) if "split" not in r or r["split"] in splits]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, len(rows)))
-    parts, out = getattr(manager.retriever, "parts", [manager.retriever]), {}
-    dense = next((part for part in parts if isinstance(part, DenseRetriever)), None)
+    out: dict[str, list[dict]] = {}
     for kind, key in (("dated", "passage"), ("undated", "passage_undated")):
         out[kind] = []
         for r in rows:
@@ -344,9 +352,6 @@ def contradictions(config: Config, splits: set, manager: RetrievalManager) -> di
                 Document(f"{r['id']}-{age}", r[age]["title"], r[age][key], metadata=date)
                 for age, date in zip(("old", "new"), dates)
             )
-            if dense:
-                [query] = dense.encoder.encode_queries([r["query"]])
-                old, new = (replace(d, similarity=dense.similarity(query, d)) for d in (old, new))
             told = {"answer": r["new"]["answer"], "answers": r["new"]["answers"], "also": r["old"]["answers"]}
             told |= {"positive_ids": [old.id, new.id], "sides": [old, new], "hops": 2, "type": kind}
             out[kind].append({**r, **told, "id": f"{r['id']}-{kind}"})
@@ -354,13 +359,12 @@ def contradictions(config: Config, splits: set, manager: RetrievalManager) -> di
 
 
 def counterfactual(
-    rows: list[dict], pool: list[dict], documents: dict[str, Document], found: dict[str, list[Document]], seed: int
+    rows: list[dict], pool: list[dict], documents: dict[str, Document], seed: int
 ) -> tuple[list[dict], dict[str, list[Document]]]:
     """The questions, and by their ids their gold documents, with names and answers exchanged.
 
     The country gets an invented name, and the answer is that to one of `pool` about another country; questions where it
-    can't be exchanged consistently are left out. A document is taken to be as similar to its question as it was before
-    (`found`).
+    can't be exchanged consistently are left out.
     """
     mix = RAGMix(absent=0, counterfactual=1, follow_up=0, max_docs=1)
     task = RAGTask(pool, {i: doc.to_dict() for i, doc in documents.items()}, mix, seed=seed)
@@ -372,9 +376,7 @@ def counterfactual(
         if wanted == row["answer"]:  # it could not be exchanged
             continue
         asked.append({**row, "query": question["content"], "answer": wanted, "answers": [wanted]})
-        known = {doc.id: doc.similarity for doc in found.get(row["id"], ())}
-        docs = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]
-        shown[row["id"]] = [replace(doc, similarity=known.get(doc.id)) for doc in docs]
+        shown[row["id"]] = [Document.from_dict({**doc, "score": None}) for doc in read["documents"]]
     return asked, shown
 
 

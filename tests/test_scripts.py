@@ -233,7 +233,7 @@ def test_counterfactual_questions_are_asked_about_changed_documents(world):
     pool = [r for r in rows if r["type"] == "single"]
     single = random.Random(0).sample(pool, 20)
     documents = {i: Document.from_dict(d) for i, d in load_documents().items()}
-    asked, shown = rag_eval.counterfactual(single, pool, documents, {}, seed=0)
+    asked, shown = rag_eval.counterfactual(single, pool, documents, seed=0)
     by_id = {row["id"]: row for row in single}
     for new in asked:
         row = by_id[new["id"]]
@@ -272,11 +272,11 @@ def test_answers_over_documents_that_disagree_are_judged_by_what_they_say_of_eac
     rows = (disagreement(0), disagreement(1) | {"split": "test"})
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = rag_eval.Config(contradictions=str(tmp_path / "c.jsonl"))
-    [row] = rag_eval.contradictions(config, {"val"}, RetrievalManager("simple", world.kb))[kind]
+    [row] = rag_eval.contradictions(config, {"val"})[kind]
     assert [d.shown().get("date") for d in row["sides"]] == (["1862", "2025"] if kind == "dated" else [None, None])
     judged = rag_eval.judge(row, [*row["sides"], Document("x", "X", "x")], answer)
     assert (judged["f1"], judged.get("citation_recall"), judged["hallucination"]) == (f1, recall, hallucination)
-    assert len(rag_eval.contradictions(config, {"test"}, RetrievalManager("simple", world.kb))[kind]) == 2
+    assert len(rag_eval.contradictions(config, {"test"})[kind]) == 2
 
 
 def test_an_evaluation_says_what_an_answer_costs(world):
