@@ -268,3 +268,27 @@ def test_what_may_be_quoted_is_what_the_documents_say_and_the_abstention():
     talk["messages"][0]["documents"].append(Document("x", "X", "three"))
     assert quotable(talk) == f"T0\none two\nX\nthree\n{ABSTENTION}"
     assert quotable(talk, abstain=False) == "T0\none two\nX\nthree" and quotable(conversation("Q?")) == ""
+
+
+def test_where_abstaining_is_no_quote_the_next_best_answer_is_given(monkeypatch):
+    engine, text = make_engine(), "It is the land of Freedonia."
+    words = TOK.encode_text("Freedonia.")
+
+    def play(text: str) -> str:
+        """The model wants to abstain and, if it can't, to say Freedonia."""
+        calls = []
+
+        def logits(given):
+            calls.append(1)
+            n = len(calls) - (ABSTENTION not in text) * (len(calls) > 1)  # the look ahead is a call, too
+            out = torch.zeros(1, V)
+            for rank, plan in enumerate((engine.refusal, words), 1):
+                out[0, (plan + [TOK.assistant_end] * 9)[n - 1 if len(calls) != 2 else 1]] += 3 - rank
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_logits", logits)
+            return engine.text(engine.generate([[1, 2]], 9, quotes=[text])[0].ids)
+
+    assert play(text) == "Freedonia."
+    assert ABSTENTION.startswith(play(f"{text}\n{ABSTENTION}"))
