@@ -107,10 +107,11 @@ def is_quote(said: str, text: str, done: bool = False) -> bool:
     """
     if not said.strip():
         return not done
-    words, cites, tail = said.rpartition(". [") if ". [" in said else (said.rstrip(), "", "")
+    words, cites, tail = said.rpartition(". [")
     if cites:
         return _in_words(words, text, whole=True) and bool(_TAIL.fullmatch(tail)) and (not done or tail.endswith("]"))
-    return _in_words(words, text, whole=done) or (words.endswith(".") and _in_words(words[:-1], text, whole=True))
+    ended = said.rstrip().removesuffix(".")
+    return _in_words(said, text, whole=done) or (ended != said.rstrip() and _in_words(ended, text, whole=True))
 
 
 _TAIL = re.compile(r"(?:\d{1,4}\]\[)*(?:\d{0,4}|\d{1,4}\])")  # what may follow the first "["

@@ -74,6 +74,8 @@ QUOTED = "Madagascar - government\nAntananarivo is the capital. 24.4% (2020) liv
         ("Madagascar", True, True),
         ("", True, False),
         (" ", True, False),
+        ("Anta ", False, False),
+        ("Antananarivo is ", True, False),
         ("ntan", False, False),
         ("Antananarive", False, False),
         ("Antananarivo. []", False, False),
