@@ -311,7 +311,12 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
 
 def check_confidence(fitted: Any) -> dict | None:
     """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
-    if fitted is None or (isinstance(fitted, dict) and "beside" not in fitted):  # an older one weighed other features
+    if fitted is None:
+        return None
+    if isinstance(fitted, dict) and "beside" not in fitted:  # it weighed other features
+        print0(
+            "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
+        )
         return None
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
     if {len(v) for v in out.values()} != {3} or 0 in out["scale"]:

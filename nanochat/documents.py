@@ -70,6 +70,7 @@ def valid_unicode(text: str) -> str:
 
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+UNSPACED = regex.compile(f"[{_UNSPACED}]")  # a character of a script without spaces between words
 _TOKEN = regex.compile(
     r"\p{Nd}{1,3}(?:,\p{Nd}{3})+(?:\.\p{Nd}+)?(?![\p{L}\p{N}])"  # 83,871 -> 83871
     r"|\p{Nd}+(?:\.\p{Nd}+)+(?![\p{L}\p{N}])"  # 3.5 and 1.2.3 stay whole

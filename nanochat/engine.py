@@ -24,7 +24,8 @@ from tqdm import tqdm
 from nanochat.blocks.gemv import speed_up
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Cache
-from nanochat.rag_utils import ABSTENTION, is_quote
+from nanochat.quoting import Quoting
+from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import Tokenizer
 
 QUOTE_FROM = 32  # likeliest tokens among which the one that goes on quoting is looked for first
@@ -144,25 +145,16 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 0,
         quote: bool = False,
+        abstain: bool = True,
         progress: bool = False,
     ) -> list[str]:
         """The answers to many conversations, in their order.
 
-        With `quote`, an answer over documents is in their words or the abstention (`generate`).
+        With `quote`, an answer over documents is in their words or, where it may `abstain`, the abstention.
         """
         prompts = [self.prompt(c, max_tokens) for c in conversations]
-        quotes = [quotable(c) for c in conversations] if quote else None
-        done = self.complete_batch(
-            prompts,
-            batch_size,
-            self.room(max_tokens),
-            temperature,
-            top_k,
-            top_p,
-            seed,
-            quotes=quotes,
-            progress=progress,
-        )
+        room, options = self.room(max_tokens), {"quote": quote, "abstain": abstain, "progress": progress}
+        done = self.complete_batch(prompts, batch_size, room, temperature, top_k, top_p, seed, **options)
         return [self.text(c.ids) for c in done]
 
     def complete_batch(
@@ -175,7 +167,8 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 0,
         watch: Sequence[int] = (),
-        quotes: Sequence[str] | None = None,
+        quote: bool = False,
+        abstain: bool = True,
         progress: bool = False,
     ) -> list[Completion]:
         """`generate` for any number of prompts, `batch_size` at a time; batches are of similar lengths."""
@@ -187,10 +180,8 @@ class Engine:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = [prompts[i] for i in rows]
-                texts = [quotes[i] for i in rows] if quotes else None
-                out = self.generate(
-                    batch, max_tokens, temperature, top_k, top_p, seed + start, watch=watch, quotes=texts
-                )
+                options = {"watch": watch, "quote": quote, "abstain": abstain}
+                out = self.generate(batch, max_tokens, temperature, top_k, top_p, seed + start, **options)
                 for i, completion in zip(rows, out):
                     done[i] = completion
                 bar.update(len(rows))
@@ -204,7 +195,8 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        quote: str = "",
+        quote: bool = False,
+        abstain: bool = True,
     ) -> Iterator[str]:
         """The answer to a conversation (or to rendered ids) in pieces, as they come; joined, they are `answer`'s text.
 
@@ -218,8 +210,9 @@ class Engine:
             ids = conversation
         self.last_read = self.prefill(ids, self.last_read)
         prefix = self.last_read
+        quoting = [Quoting(self.tokenizer, ids, abstain)] if quote else ()
         steps = self._decode(
-            prefix.logits[None], prefix.cache.clone(), max_tokens, temperature, top_k, top_p, seed, self.stop, [quote]
+            prefix.logits[None], prefix.cache.clone(), max_tokens, temperature, top_k, top_p, seed, self.stop, quoting
         )
         return self._pieces(steps)
 
@@ -255,13 +248,14 @@ class Engine:
         stop: Collection[int] | None = None,
         prefix: Prefix | None = None,
         watch: Sequence[int] = (),
-        quotes: Sequence[str] | None = None,
+        quote: bool = False,
+        abstain: bool = True,
     ) -> list[Completion]:
         """Complete the prompts together, as one batch; they may be of any lengths.
 
         Prompts of equal length are read together, the others one by one; rows that are finished leave the batch.
-        With `quotes`, a text for each prompt, an answer is a passage of that text and its citations (`is_quote`): of
-        the likeliest tokens the first one is taken that goes on quoting. An empty text leaves a prompt free.
+        With `quote`, what answers a prompt with documents is a passage of one of them and citations, or where it may
+        `abstain` the abstention (quoting.py): of the likeliest tokens the first is taken that goes on so.
         """
         check_sampling(max_tokens, temperature, top_k, top_p)
         if not prompts:
@@ -278,8 +272,8 @@ class Engine:
             for row, values in zip(rows, logits.log_softmax(-1)[:, list(watch)].tolist()):
                 out[row].watched = values
         stop = self.stop if stop is None else set(stop)
-        texts = [quotes[row] for row in rows] if quotes else []
-        for step in self._decode(logits, cache, max_tokens, temperature, top_k, top_p, seed, stop, texts):
+        quoting = [Quoting(self.tokenizer, prompts[row], abstain) for row in rows] if quote else ()
+        for step in self._decode(logits, cache, max_tokens, temperature, top_k, top_p, seed, stop, quoting):
             for i, token, logprob in step:
                 completion = out[rows[i]]
                 completion.logprobs.append(logprob)
@@ -362,7 +356,7 @@ class Engine:
         top_p: float,
         seed: int,
         stop: Collection[int],
-        quotes: Sequence[str] = (),
+        quoting: Sequence[Quoting] = (),
     ) -> Iterator[list[tuple[int, int, float]]]:
         """From the first token's logits (B, V): yields at each step (row, token, log-probability) of the live rows."""
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -371,12 +365,12 @@ class Engine:
         for step in range(max_tokens):
             tokens = sample(logits, temperature, top_k, top_p, generator)
             for i, row in enumerate(rows):
-                if quotes and quotes[row]:
+                if quoting and quoting[row]:
                     likely = logits[i]
-                    if not step and self._refuses(tokens[i], quotes[row], cache, i):
+                    if not step and not quoting[row].abstain and self._refuses(tokens[i], cache, i):
                         likely = likely.scatter(0, tokens[i], -math.inf)
                         tokens[i] = likely.argmax()
-                    tokens[i] = self._quoting(likely, int(tokens[i]), said[row], quotes[row], stop)
+                    tokens[i] = self._quote(likely, int(tokens[i]), said[row], quoting[row], stop)
                 said[row].append(int(tokens[i]))
             logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             values = tokens.tolist()
@@ -388,36 +382,21 @@ class Engine:
                 rows, tokens, cache = [rows[i] for i in live], tokens[live], cache.select(live)
             logits = self._logits(decode_one(self.model, tokens, cache))
 
-    def _refuses(self, token: torch.Tensor, text: str, cache: Cache, row: int) -> bool:
-        """Whether a first token begins the abstention, though `text` doesn't have it; names begin with an "I", too."""
-        if int(token) != self.refusal[0] or ABSTENTION in text:
+    def _refuses(self, token: torch.Tensor, cache: Cache, row: int) -> bool:
+        """Whether a first token begins the abstention: names begin with an "I", too, so this looks a token ahead."""
+        if int(token) != self.refusal[0]:
             return False
         ahead = self._logits(decode_one(self.model, token[None], cache.select([row])))
         return int(ahead.argmax()) == self.refusal[1]
 
-    def _quoting(self, logits: torch.Tensor, token: int, said: list[int], text: str, stop: Collection[int]) -> int:
-        """`token`, or if it doesn't go on quoting `text` the likeliest that does; where there is none, `token`."""
-        for n in (QUOTE_FROM, logits.numel()):  # hardly ever more than a few have to be tried
+    def _quote(self, logits: torch.Tensor, token: int, said: list[int], quoting: Quoting, stop: Collection[int]) -> int:
+        """`token`, or if that isn't allowed the likeliest that is; where there is none, `token`."""
+        for n in (QUOTE_FROM, logits.numel()):  # of a trained model, hardly ever more than a few have to be tried
             for candidate in (token, *logits.topk(min(n, logits.numel())).indices.tolist()):
                 done = candidate in stop
-                if candidate in self.special and not done:
-                    continue
-                words = self.text(said if done else [*said, candidate])
-                ends = [c for c in set(text) if not c.isascii()] if words.endswith("\ufffd") else []  # half a character
-                if any(is_quote(words[:-1] + c, text, done) for c in ends) or is_quote(words, text, done):
+                if quoting.allows(said if done else [*said, candidate], done):
                     return candidate
         return token
-
-
-def quotable(conversation: dict, abstain: bool = True) -> str:
-    """What an answer over a conversation's documents may quote: title and content of each, and the abstention.
-
-    Empty without documents: then an answer is free.
-    """
-    docs = [doc for m in conversation["messages"] if m["role"] == "retrieval" for doc in m["documents"]]
-    get = lambda doc, key: (doc.get(key) if isinstance(doc, dict) else getattr(doc, key)) or ""
-    shown = [f"{get(doc, 'title')}\n{' '.join(get(doc, 'content').split())}" for doc in docs]
-    return "\n".join([*shown, ABSTENTION] if abstain and shown else shown)
 
 
 def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -71,10 +71,10 @@ def split(text: str, chunk_tokens: int = 128, overlap: int = 24) -> list[tuple[i
     return tight
 
 
-def sentences(text: str, limit: int = 64) -> list[str]:
+def sentences(text: str, limit: int = 64) -> Iterator[str]:
     """The sentences of a text, in order; what is longer than `limit` tokens comes in pieces."""
     found = (text[a:b].strip() for a, b, _ in _pieces(text, 0, len(text), limit))
-    return [sentence for sentence in found if sentence]
+    return (sentence for sentence in found if sentence)
 
 
 def _pieces(text: str, start: int, end: int, limit: int, level: int = 0) -> Iterator[tuple[int, int, int]]:

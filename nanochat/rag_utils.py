@@ -47,32 +47,33 @@ def strip_citations(text: str) -> str:
     return re.sub(r"\s*" + _CITATION.pattern, "", text).strip()
 
 
-_ALSO = ("This is as of {date}. As of {other}: ", "Or, by another document: ")
-_STATEMENT = re.compile(rf"(.+?)((?:\s*{_CITATION.pattern.replace('(', '(?:', 1)})+|$)", re.DOTALL)
-_LEAD = re.compile("|".join(re.escape(lead).replace(r"\{date\}", ".+?").replace(r"\{other\}", ".+?") for lead in _ALSO))
+_DATED, _OTHER = "As of {}: ", "Or, by another document: "
+_LEAD = re.compile(r"(?:^|\s+)(?:This is as of \S+\s+)?(?:As of \S+: |Or, by another document: )")
 
 
 def also_said(first: tuple[str, str], others: Sequence[tuple[str, str]]) -> str:
     """What to append to an answer because of other documents' answers; all come as (answer with citations, date).
 
     Whoever says the same is cited, too; who says something else is quoted, with dates if both have one. Abstentions
-    add nothing.
+    add nothing, and to one nothing is added.
 
     also_said(("Rome. [1]", "2025"), [("Rome. [3]", ""), ("Turin. [2]", "1862")])
     # "[3] This is as of 2025. As of 1862: Turin. [2]"
     """
-    told, tail, more = [strip_citations(first[0])], "", ""
-    for answer, date in others:
+    said = [strip_citations(first[0])]
+    agree, differ, dated = "", "", ""
+    for answer, date in () if is_abstention(first[0]) else others:
         words = strip_citations(answer)
-        if is_abstention(answer) or any(same_answer(words, t) for t in told[1:]):
+        if is_abstention(answer) or any(same_answer(words, told) for told in said[1:]):
             continue
-        if same_answer(words, told[0]):
-            tail += "".join(f"[{n}]" for n in extract_citations(answer))
+        if same_answer(words, said[0]):
+            agree += "".join(f"[{n}]" for n in extract_citations(answer))
             continue
-        told.append(words)
-        lead = _ALSO[0].format(date=first[1], other=date) if first[1] and date else _ALSO[1]
-        more += f" {lead}{answer}"
-    return tail + more
+        said.append(words)
+        if first[1] and date:
+            dated = f" This is as of {first[1]}."
+        differ += f" {_DATED.format(date) if first[1] and date else _OTHER}{answer}"
+    return (" " if agree and not first[0].endswith("]") else "") + agree + dated + differ
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -81,45 +82,21 @@ def same_answer(a: str, b: str) -> bool:
 
 
 def statements(text: str) -> list[tuple[str, list[int]]]:
-    """An answer as what it says, one entry a document or several that agree, each with the numbers cited for it.
+    """An answer as what it says and cites, and what `also_said` has added to it.
 
     statements("Rome. [1][3] Or, by another document: Turin. [2]")  # [("Rome.", [1, 3]), ("Turin.", [2])]
     """
-    parts = ((words.strip(), cited) for words, cited in _STATEMENT.findall(text.strip()))
-    return [(_LEAD.sub("", words), extract_citations(cited)) for words, cited in parts if re.search(r"\w", words)]
+    return [(strip_citations(part), extract_citations(part)) for part in _LEAD.split(text)]
 
 
 def main_answer(text: str) -> str:
     """What an answer says first, without citations: of documents that disagree, the newest or surest."""
-    return next((words for words, _ in statements(text)), "")
+    return statements(text)[0][0]
 
 
 def is_abstention(text: str) -> bool:
     """True if the answer says that it doesn't know: the fixed sentence, or anything that begins as it does."""
     return re.match(r"i (?:dont|do not) know\b", normalize_answer(text)) is not None
-
-
-def is_quote(said: str, text: str, done: bool = False) -> bool:
-    """Whether an answer may begin with `said` (`done`: may be it): whole words of `text`, "." and citations.
-
-    is_quote("Antan", "Antananarivo is the capital.")  # True
-    is_quote("Antananarivo. [1", "Antananarivo is the capital.")  # True
-    """
-    if not said.strip():
-        return not done
-    words, cites, tail = said.rpartition(". [")
-    if cites:
-        return _in_words(words, text, whole=True) and bool(_TAIL.fullmatch(tail)) and (not done or tail.endswith("]"))
-    ended = said.rstrip().removesuffix(".")
-    return _in_words(said, text, whole=done) or (ended != said.rstrip() and _in_words(ended, text, whole=True))
-
-
-_TAIL = re.compile(r"(?:\d{1,4}\]\[)*(?:\d{0,4}|\d{1,4}\])")  # what may follow the first "["
-
-
-def _in_words(said: str, text: str, whole: bool) -> bool:
-    """Whether `said` stands in `text` from the beginning of a word on (`whole`: to the end of one)."""
-    return bool(said) and re.search(r"(?<!\w)" + re.escape(said) + (r"(?!\w)" if whole else ""), text) is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

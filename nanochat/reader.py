@@ -12,11 +12,12 @@ where documents have a `date`. A question that needs two documents at once can't
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from nanochat.engine import Engine, quotable
+from nanochat.engine import Engine
 from nanochat.rag_utils import ABSTENTION, also_said
 from nanochat.tokenizer import check_conversation
 
@@ -84,20 +85,31 @@ def abstains(engine: Engine, heard: Sequence[tuple[dict, float]]) -> bool:
     return engine.model.confidence is not None and max(score for _, score in heard) <= 0
 
 
-def may_quote(engine: Engine, view: dict) -> str:
-    """What an answer over `view` may quote; where `abstains` decides about abstaining, decoding doesn't."""
-    return quotable(view, abstain=engine.model.confidence is None)
+def answer_views(engine: Engine, views: Sequence[dict], batch_size: int, max_tokens: int, **options) -> list[str]:
+    """The answers over contexts that `focus` chose. Where `abstains` decides about abstaining, quoting doesn't."""
+    return engine.answer_batch(views, batch_size, max_tokens, abstain=engine.model.confidence is None, **options)
 
 
-def answer_views(
-    engine: Engine, views: Sequence[dict], batch_size: int, max_tokens: int, quote: bool, progress=False, **sampling
-) -> list[str]:
-    """The answers over contexts that `focus` chose; with `quote`, in the words of their documents."""
-    prompts = [engine.prompt(view, max_tokens) for view in views]
-    quotes = [may_quote(engine, view) for view in views] if quote else None
-    room = engine.room(max_tokens)
-    done = engine.complete_batch(prompts, batch_size, room, quotes=quotes, progress=progress, **sampling)
-    return [engine.text(c.ids) for c in done]
+def stream_each(
+    engine: Engine, heard: Sequence[tuple[dict, float]], max_tokens: int = 256, quote: bool = True, **sampling
+) -> Iterator[str]:
+    """The answer of what `focus` chose, in pieces as they come, and then what other documents add to it."""
+    if abstains(engine, heard):
+        return iter([ABSTENTION])
+    (view, _), *others = heard
+    pieces = engine.stream(view, max_tokens, quote=quote, abstain=engine.model.confidence is None, **sampling)
+
+    def play() -> Iterator[str]:
+        said = ""
+        for piece in pieces:
+            said += piece
+            yield piece
+        if others:
+            views = [view for view, _ in others]
+            more = answer_views(engine, views, len(views), max_tokens, quote=quote, **sampling)
+            yield also_said((said, date_of(view)), list(zip(more, map(date_of, views))))
+
+    return play()
 
 
 def answer_each(
@@ -113,7 +125,8 @@ def answer_each(
     """The answers, documents read one by one, and the confidence of each. Where it is too low, the abstention."""
     focused = focus(engine, conversations, max_tokens, batch_size, progress, known)
     tried = [view for heard in focused if not abstains(engine, heard) for view, _ in heard]
-    said, answers = iter(answer_views(engine, tried, batch_size, max_tokens, quote, progress, **sampling)), []
+    options = {"quote": quote, "progress": progress, **sampling}
+    said, answers = iter(answer_views(engine, tried, batch_size, max_tokens, **options)), []
     for heard in focused:
         if abstains(engine, heard):
             answers.append(ABSTENTION)
@@ -179,8 +192,9 @@ def one_document_each(conversation: dict) -> list[dict]:
 
 
 def date_of(view: dict) -> str:
-    """The `date` of a view's document, or "". Dates sort as text: "2015", "2015-04-01"."""
-    return next((str(doc.get("date") or "") for doc in _documents(view)), "")
+    """The `date` of a view's document, if it is one that sorts as text ("2015", "2015-04", "2015-04-01"), or ""."""
+    date = next((str(doc.get("date") or "") for doc in _documents(view)), "")
+    return date if re.fullmatch(r"\d{4}(?:-\d\d){0,2}", date) else ""
 
 
 def _documents(conversation: dict) -> list[dict]:

@@ -143,7 +143,10 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table that reads well as plain text, too; columns are the first row's keys."""
     if not rows:
         return "(empty)"
-    grid = [list(rows[0]), *([str(row.get(c, "")).replace("|", "/") for c in rows[0]] for row in rows)]
+    grid = [
+        list(rows[0]),
+        *([" ".join(str(row.get(c, "")).replace("|", "/").split()) for c in rows[0]] for row in rows),
+    ]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in grid]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -20,6 +20,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ from nanochat.passages import sentences
 INDEXES = ("auto", "flat", "hnsw", "ivf", "ivfpq")
 # A query's work is bounded: what stands behind this many characters is not looked at (about 1,500 English words).
 MAX_QUERY_CHARS = 8192
-REMEMBERED = 8192  # queries, and documents, whose vectors are kept in memory
+REMEMBERED = 4096  # vectors of queries
+REMEMBERED_SENTENCES = 50_000  # and of sentences: 77 MB
 MAX_SENTENCES = 64  # of a document that are compared with a query
 POOL = 50  # how many of the best are reranked, or looked at for diversity
 
@@ -175,7 +177,7 @@ class Retriever:
 
     def compare(self, query: str, docs: Sequence[Document]) -> list[Document]:
         """Copies of any documents with their `similarity` to the query; where no vectors are compared, without."""
-        return list(docs)
+        return [replace(doc, similarity=None) for doc in docs]
 
     def search(
         self,
@@ -421,7 +423,8 @@ class DenseRetriever(Retriever):
         keep: np.ndarray | None = None,
     ):
         super().__init__(documents, keep)
-        self.encoder, self.known, self.known_sentences = encoder or get_encoder(), OrderedDict(), OrderedDict()
+        self.encoder, self.known = encoder or get_encoder(), OrderedDict()
+        self.known_sentences, self.n_sentences = OrderedDict(), 0
         vectors = vectors or [self.encoder.encode_passages([doc.text for doc in self.documents])]
         self.base, tail = vectors[0], vectors[1:]
         self.tail = np.concatenate(tail) if tail else np.zeros((0, self.base.shape[1]), dtype=np.float32)
@@ -472,13 +475,18 @@ class DenseRetriever(Retriever):
         return [replace(doc, similarity=float((self._sentences(doc) @ vector).max())) for doc in docs]
 
     def _sentences(self, doc: Document) -> np.ndarray:
-        """The vectors (sentences, dims) of a document's sentences, the title before each."""
+        """The vectors (sentences, dims) of a document's first sentences, the title before each.
+
+        A document is a batch of its own: what else is compared then can't change the last bits of its vectors.
+        """
         with self.lock:
             if doc.text not in self.known_sentences:
-                texts = [f"{doc.title}\n{sentence}" for sentence in sentences(doc.content)[:MAX_SENTENCES]]
+                texts = [f"{doc.title}\n{sentence}" for sentence in islice(sentences(doc.content), MAX_SENTENCES)]
                 self.known_sentences[doc.text] = self.encoder.encode_together(texts or [doc.text])
-                if len(self.known_sentences) > REMEMBERED:
-                    self.known_sentences.popitem(last=False)
+                self.n_sentences += len(self.known_sentences[doc.text])
+                while self.n_sentences > REMEMBERED_SENTENCES and len(self.known_sentences) > 1:
+                    self.n_sentences -= len(self.known_sentences.popitem(last=False)[1])
+            self.known_sentences.move_to_end(doc.text)
             return self.known_sentences[doc.text]
 
 

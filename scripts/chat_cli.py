@@ -17,9 +17,9 @@ from simple_parsing import field
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, init_distributed, pick_dtype
 from nanochat.config import run
-from nanochat.engine import Engine, check_sampling, quotable
-from nanochat.rag_utils import ABSTENTION, also_said, document_text, extract_citations, strip_citations
-from nanochat.reader import abstains, answer_views, date_of, focus, may_quote
+from nanochat.engine import Engine, check_sampling
+from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, strip_citations
+from nanochat.reader import focus, stream_each
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
@@ -76,13 +76,18 @@ class Chat:
         conversation = self._conversation(question)
         self.documents = [d for m in conversation["messages"] if m["role"] == "retrieval" for d in m["documents"]]
         self.read, self.answer = set(), ""
-        abstain, others = bool(self.manager and not self.documents), []  # nothing to answer from
-        if c.read == "each" and self.documents:
+        sampling = {"temperature": c.temperature, "top_p": c.top_p, "seed": c.seed + len(self.turns), "quote": c.quote}
+        if self.manager and not self.documents:  # nothing to answer from
+            pieces = iter([ABSTENTION])
+        elif c.read == "each" and self.documents:
             many = len(self.documents) > 20  # seconds without a word
             [heard] = focus(self.engine, [conversation], c.max_tokens, progress=many)
             self.read = set(range(1, len(self.documents) + 1))  # each had room
-            abstain, [conversation, *others] = abstains(self.engine, heard), [view for view, _ in heard]
-        pieces = iter([ABSTENTION]) if abstain else self._pieces(conversation, others)
+            pieces = stream_each(self.engine, heard, c.max_tokens, **sampling)
+        else:
+            ids = self.engine.prompt(conversation, c.max_tokens)
+            self.read = numbers_read(ids, self.engine.tokenizer)
+            pieces = self.engine.stream(ids, self.engine.room(c.max_tokens), **sampling)
         try:
             for piece in pieces:
                 self.answer += piece
@@ -90,18 +95,6 @@ class Chat:
         finally:
             if self.answer:
                 self.turns.append((question, self.answer))
-
-    def _pieces(self, conversation: dict, others: list[dict]):
-        """The answer to a conversation as it comes, and then what `others`, each with another document, add to it."""
-        c, engine, sampling = self.config, self.engine, {"seed": self.config.seed + len(self.turns)}
-        sampling |= {"temperature": c.temperature, "top_p": c.top_p}
-        ids = engine.prompt(conversation, c.max_tokens)
-        self.read = self.read or numbers_read(ids, engine.tokenizer)
-        text = (may_quote(engine, conversation) if c.read == "each" else quotable(conversation)) if c.quote else ""
-        yield from engine.stream(ids, engine.room(c.max_tokens), quote=text, **sampling)
-        if others:
-            said, more = self.answer, answer_views(engine, others, 16, c.max_tokens, c.quote, **sampling)
-            yield also_said((said, date_of(conversation)), list(zip(more, map(date_of, others))))
 
     def _conversation(self, question: str) -> dict:
         """The messages to send: system, as many of the last turns as a quarter of the context holds, the question.
@@ -136,7 +129,8 @@ class Chat:
         lines = []
         for n, doc in enumerate(self.documents, 1):
             lost = "" if n in self.read else "  (left out: no room)"
-            lines.append(f"{'*' if n in cited else ' '} [{n}] {doc['score']:7.3f}  {doc['title']}{lost}")
+            date = f" ({doc['date']})" if doc.get("date") else ""
+            lines.append(f"{'*' if n in cited else ' '} [{n}] {doc['score']:7.3f}  {doc['title']}{date}{lost}")
         if self.documents:
             unknown = [n for n in cited if not 1 <= n <= len(self.documents)]
             good = [f"[{n}] {self.documents[n - 1]['title']}" for n in cited if n not in unknown]

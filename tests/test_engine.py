@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.documents import Document
-from nanochat.engine import Engine, quotable, sample
+from nanochat.engine import Engine, sample
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.rag_utils import ABSTENTION, is_quote
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TEXT = "The capital of Freedonia is Oldtown. Its river is long, 1234 km. What is the name of the river? " * 20
@@ -244,51 +242,3 @@ def test_scores_of_a_batch_of_any_lengths_are_those_of_each_alone(pattern):
     alone = [sum(engine.score(prompt, answer)) for prompt in prompts]
     assert engine.score_batch(prompts, answer, batch_size=4) == pytest.approx(alone, abs=1e-3)
     assert engine.score_batch([], answer) == []
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Answers in the words of a text
-
-
-def test_an_answer_that_quotes_is_words_of_its_text_and_citations():
-    engine, texts = make_engine(), ["The capital of Freedonia is Oldtown.", "Its river is 1234 km long.", ""]
-    prompts = prompts_of(9, 14, 9)
-    free, bound = engine.generate(prompts, 12), engine.generate(prompts, 12, quotes=texts)
-    assert bound[2] == free[2]  # without a text as it was
-    for completion, text in zip(bound, texts[:2]):
-        said = engine.text(completion.ids)
-        assert said and is_quote(said, text, done=completion.finished)
-    assert not all(is_quote(engine.text(c.ids), t) for c, t in zip(free, texts[:2]))
-    alone = [engine.generate([p], 12, quotes=[t])[0].ids for p, t in zip(prompts, texts)]
-    assert alone == [c.ids for c in bound]
-
-
-def test_what_may_be_quoted_is_what_the_documents_say_and_the_abstention():
-    talk = conversation("Q?", "one\n two")
-    talk["messages"][0]["documents"].append(Document("x", "X", "three"))
-    assert quotable(talk) == f"T0\none two\nX\nthree\n{ABSTENTION}"
-    assert quotable(talk, abstain=False) == "T0\none two\nX\nthree" and quotable(conversation("Q?")) == ""
-
-
-def test_where_abstaining_is_no_quote_the_next_best_answer_is_given(monkeypatch):
-    engine, text = make_engine(), "It is the land of Freedonia."
-    words = TOK.encode_text("Freedonia.")
-
-    def play(text: str) -> str:
-        """The model wants to abstain and, if it can't, to say Freedonia."""
-        calls = []
-
-        def logits(given):
-            calls.append(1)
-            n = len(calls) - (ABSTENTION not in text) * (len(calls) > 1)  # the look ahead is a call, too
-            out = torch.zeros(1, V)
-            for rank, plan in enumerate((engine.refusal, words), 1):
-                out[0, (plan + [TOK.assistant_end] * 9)[n - 1 if len(calls) != 2 else 1]] += 3 - rank
-            return out
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine, "_logits", logits)
-            return engine.text(engine.generate([[1, 2]], 9, quotes=[text])[0].ids)
-
-    assert play(text) == "Freedonia."
-    assert ABSTENTION.startswith(play(f"{text}\n{ABSTENTION}"))

@@ -19,7 +19,6 @@ from nanochat.rag_utils import (
     extract_citations,
     hallucination,
     is_abstention,
-    is_quote,
     is_supported,
     judge_retrieval,
     main_answer,
@@ -53,53 +52,6 @@ def test_citations_are_found_once_each_in_order():
     assert strip_citations("Vienna. [2] Also Graz [1][2], and [3, 4].") == "Vienna. Also Graz, and."
 
 
-QUOTED = "Madagascar - government\nAntananarivo is the capital. 24.4% (2020) live in D.C., code .mg"
-
-
-@pytest.mark.parametrize(
-    ("said", "begins", "done"),
-    [
-        ("Antan", True, False),
-        ("Antananarivo", True, True),
-        ("Antananarivo.", True, True),
-        ("Antananarivo. ", True, True),
-        ("Antananarivo. [", True, False),
-        ("Antananarivo. [1", True, False),
-        ("Antananarivo. [1]", True, True),
-        ("Antananarivo. [1][", True, False),
-        ("Antananarivo. [1][2]", True, True),
-        ("24.4%. [12]", True, True),
-        (".mg. [1]", True, True),
-        ("D.C. [1]", True, True),
-        ("Madagascar", True, True),
-        ("", True, False),
-        (" ", True, False),
-        ("Anta ", False, False),
-        ("Antananarivo is ", True, False),
-        ("ntan", False, False),
-        ("Antananarive", False, False),
-        ("Antananarivo. []", False, False),
-        ("Antananarivo. [1]x", False, False),
-        ("Antananariv. [1]", False, False),
-        ("capital code", False, False),
-    ],
-)
-def test_a_quote_is_whole_words_of_the_text_and_citations(said, begins, done):
-    assert (is_quote(said, QUOTED), is_quote(said, QUOTED, done=True)) == (begins, done)
-
-
-@given(st.integers(0, 60), st.integers(1, 30), st.integers(1, 99))
-def test_whatever_begins_and_ends_with_a_word_may_be_quoted_letter_by_letter(start, length, number):
-    words = QUOTED[start : start + length].strip()
-    if (start and QUOTED[start - 1].isalnum()) or not words or "\n" in words or words.endswith("."):
-        return
-    said = f"{words}. [{number}]"
-    whole = is_quote(words, QUOTED, done=True)
-    assert (
-        all(is_quote(said[:n], QUOTED) for n in range(1, len(words) + 1)) and is_quote(said, QUOTED, done=True) == whole
-    )
-
-
 @pytest.mark.parametrize(
     ("first", "others", "expected"),
     [
@@ -109,21 +61,39 @@ def test_whatever_begins_and_ends_with_a_word_may_be_quoted_letter_by_letter(sta
         (("Rome. [1]", "2025"), [("Turin. [2]", "")], "Rome. [1] Or, by another document: Turin. [2]"),
         (
             ("Rome. [1]", "2025"),
-            [("Rome. [3]", "2024"), ("Turin. [2]", "1862"), ("Turin. [4]", "1861"), (ABSTENTION, "1700")],
-            "Rome. [1][3] This is as of 2025. As of 1862: Turin. [2]",
+            [
+                ("Rome. [3]", "2024"),
+                ("Turin. [2]", "1862"),
+                ("Milan. [5]", "1900"),
+                ("Turin. [4]", "1861"),
+                (ABSTENTION, ""),
+            ],
+            "Rome. [1][3] This is as of 2025. As of 1862: Turin. [2] As of 1900: Milan. [5]",
         ),
+        (("Rome.", ""), [("Rome. [3]", ""), ("Turin.", "")], "Rome. [3] Or, by another document: Turin."),
+        ((ABSTENTION, ""), [("Turin. [2]", "")], ABSTENTION),
     ],
 )
 def test_documents_that_agree_are_cited_and_others_quoted(first, others, expected):
     assert first[0] + also_said(first, others) == expected
 
 
-def test_an_answer_is_what_it_says_document_by_document():
-    assert statements("Rome. [1][3] This is as of 2025. As of 1862: Turin. [2]") == [("Rome.", [1, 3]), ("Turin.", [2])]
-    assert statements("Rome. [1] Or, by another document: Turin. [2]") == [("Rome.", [1]), ("Turin.", [2])]
-    assert statements("Rome") == [("Rome", [])] and statements(ABSTENTION) == [(ABSTENTION, [])]
-    assert statements("Rome. [1], [2]") == [("Rome.", [1])] and statements("") == []
-    assert main_answer("Rome. [1] Or, by another document: Turin. [2]") == "Rome." and main_answer("") == ""
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Rome. [1][3] This is as of 2025. As of 1862: Turin. [2]", [("Rome.", [1, 3]), ("Turin.", [2])]),
+        ("Rome. [1] Or, by another document: Turin. [2]", [("Rome.", [1]), ("Turin.", [2])]),
+        ("Rome. Or, by another document: Turin. Or, by another document: Milan. [3]",
+         [("Rome.", []), ("Turin.", []), ("Milan.", [3])]),
+        ("Lima. [1] Cusco. [2] Quito.", [("Lima. Cusco. Quito.", [1, 2])]),
+        ("[1][2] Rome.", [("Rome.", [1, 2])]),
+        ("Rome", [("Rome", [])]),
+        (ABSTENTION, [(ABSTENTION, [])]),
+        ("", [("", [])]),
+    ],
+)  # fmt: skip
+def test_an_answer_is_what_it_says_document_by_document(text, expected):
+    assert statements(text) == expected and main_answer(text) == expected[0][0]
 
 
 @pytest.mark.parametrize(
