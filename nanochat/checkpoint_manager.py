@@ -319,8 +319,8 @@ def check_confidence(fitted: Any) -> dict | None:
         )
         return None
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {3} or 0 in out["scale"]:
-        raise ValueError("confidence needs three numbers of each kind")
+    if {len(v) for v in out.values()} != {2} or 0 in out["scale"]:
+        raise ValueError("confidence needs two numbers of each kind")
     return out | {name: float(fitted[name]) for name in ("bias", "beside")}
 
 

@@ -34,10 +34,10 @@ def look(
 ) -> list[tuple[list[dict], np.ndarray]]:
     """Each conversation once for every document in it, and what speaks for answering from that one.
 
-    The latter is (documents, 3): the log-odds that the model answers rather than abstains when it reads this document
+    The latter is (documents, 2): the log-odds that the model answers rather than abstains when it reads this document
     alone (abstains in all words: other answers begin with an "I", too); the document's similarity to the query (nan
-    where the retriever gave none); minus the logarithm of its place, 1 being what the retriever thinks most of.
-    `known` remembers the model's part from call to call.
+    where the retriever gave none). Its place among the others doesn't count. `known` remembers the model's part from
+    call to call.
     """
     views = [one_document_each(check_conversation(c)) for c in conversations]
     prompts = [engine.prompt(view, max_tokens) for v in views for view in v]
@@ -48,8 +48,8 @@ def look(
     odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
     for v in views:
         likeness = [d.get("similarity") for view in v for d in _documents(view)]
-        rows = [(next(odds), math.nan if x is None else x, -math.log(n)) for n, x in enumerate(likeness, 1)]
-        found.append((v, np.array(rows).reshape(-1, 3)))
+        rows = [(next(odds), math.nan if x is None else x) for x in likeness]
+        found.append((v, np.array(rows).reshape(-1, 2)))
     return found
 
 
@@ -137,7 +137,7 @@ def answer_each(
 
 
 def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
-    """`look`'s features (n, 3) -> (n,): above 0, answer. What the retriever didn't say counts as average.
+    """`look`'s features (n, 2) -> (n,): above 0, answer. What the retriever didn't say counts as average.
 
     `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
     """

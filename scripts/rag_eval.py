@@ -178,11 +178,6 @@ def main(config: Config) -> dict:
         docs = golds + distractors(row, max(0, config.top_k - len(golds)))
         return random.Random(row["id"]).sample(docs, len(docs))
 
-    def beside_others(row: dict) -> list[Document]:
-        """Both sides among distractors, ordered by their similarity: their place in a search isn't known."""
-        docs = manager.compare(row["query"], among(row, row["sides"]))
-        return sorted(docs, key=lambda doc: -(doc.similarity or 0))
-
     others = [t for t in kb_serves(kb_info(config.knowledge_base)) if t != manager.retriever_type]
     by_type["counterfactual"], changed = counterfactual(by_type["single"], pools["single"], documents, config.seed)
     if not by_type["counterfactual"]:
@@ -198,7 +193,7 @@ def main(config: Config) -> dict:
         "distractors_only": ("single", lambda r: without_answer(r)[: config.top_k]),
         "counterfactual": ("counterfactual", lambda r: changed[r["id"]]),
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
-        **{f"contradictory_{kind}": (kind, beside_others) for kind in ("dated", "undated")},
+        **{f"contradictory_{kind}": (kind, lambda r: among(r, r["sides"])) for kind in ("dated", "undated")},
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),

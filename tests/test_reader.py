@@ -46,7 +46,7 @@ def test_calibrated_it_abstains_where_the_confidence_is_too_low():
     for k, talk in enumerate(talks):  # the second document is the likelier one, in two of the talks likely enough
         for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, k / 4 + 0.2)):
             doc["similarity"] = similarity
-    engine.model.confidence = {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": [0, 1, 0], "bias": 0}
+    engine.model.confidence = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0}
     kept, scores = answer_each(engine, [*talks, conversation("Hi")], max_tokens=9)
     assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
     chosen = [heard[0][0] for heard in focus(engine, talks, 9)]
@@ -62,10 +62,9 @@ def test_what_the_retriever_thinks_may_decide():
         doc["similarity"] = similarity
     [(_, features)] = look(engine, [talk])
     assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    assert features[:, 2] == pytest.approx([0, -math.log(2), -math.log(3)])
-    by = lambda *weights: {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": weights, "bias": 0.0}
-    assert confidence(features, by(0, 1, 0)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
-    for weights, number in (((0, 1, 0), 3), ((0, 0, 1), 1), ((0, -1, 0), 1)):
+    by = lambda *weights: {"mean": [0, 0.5], "scale": [1, 1], "weights": weights, "bias": 0.0}
+    assert confidence(features, by(0, 1)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
+    for weights, number in (((0, 1), 3), ((0, -1), 1)):
         engine.model.confidence = by(*weights)
         [[(chosen, _)]] = focus(engine, [talk])
         assert [d["number"] for m in chosen["messages"] for d in m.get("documents", ())] == [number]
@@ -136,7 +135,7 @@ def numbers(heard) -> list[int]:
 
 def test_other_documents_are_heard_if_they_are_as_sure_the_newest_first():
     engine = make_engine(sequence_len=256)
-    engine.model.confidence = {"mean": [0, 0.5, 0], "scale": [1, 1, 1], "weights": [0, 1, 0], "bias": 0, "beside": 0.2}
+    engine.model.confidence = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0, "beside": 0.2}
     talks = [
         sure(("one", 0.9, ""), ("two", 0.6, ""), ("three", 0.8, "")),
         sure(("one", 0.9, "2015"), ("two", 0.75, "2025-01"), ("three", 0.3, "2026")),
