@@ -53,7 +53,7 @@ cpu)
     tok=""
     common="--resume true --save_every 100 $(share 8)"
     base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
-    mid="--num_iterations 600 --warmdown_ratio 0.3"
+    mid="--num_iterations 600 --lr_scale 0.5 --warmdown_ratio 1.0"
     sft="--num_iterations 60"
     rag="--num_iterations 550 --lr_scale 0.5"
     ;;

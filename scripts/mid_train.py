@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
 Goes on from a base checkpoint with a mixture: the same text, drills, chat pairs, and reading: one or two documents
-with many questions to each, every field of the factbook or one from an invented world, names and answers exchanged in
-half of them, and near misses that nothing answers. This dense signal is what turns copying into reading (docs/LOG.md).
+with many questions to each, every field of the factbook, names and answers exchanged in half of them, and
+near misses that nothing answers. This dense signal is what turns copying into reading (docs/LOG.md).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from nanochat.train import Eval, TrainConfig, train
 from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
 from tasks.drills import LADDER, DrillStream, drill_accuracy
 from tasks.factbook import ChatPairs, load_documents, load_queries
-from tasks.fiction import make_world
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
 
 
@@ -35,8 +34,7 @@ class Config(TrainConfig):
     conversations: str = ""  # your own conversations: a .jsonl file of {"messages": [...]}
     text_share: float = 0.1  # share of samples that are text
     drill_share: float = 0.1  # share of samples that are drills
-    chat_share: float = 0.05  # share of samples that are chat pairs
-    fiction_share: float = 0.3  # share of samples that read about an invented world; the rest reads the factbook
+    chat_share: float = 0.05  # share of samples that are chat pairs; the rest reads documents
     val_batches: int = 16  # validation batches
     eval_every: int = 100  # steps between validations (0: only at the end)
 
@@ -59,18 +57,14 @@ def main(config: Config) -> dict[str, float]:
     rows = load_queries("train")
     reading = RAGMix(absent=0.3, paired=0.5, counterfactual=0.5, follow_up=0.9, max_questions=10, max_docs=2)
     single = [r for r in load_queries("val") if r["type"] == "single"]
-    world = make_world("train", seed=1)  # another one than RAG SFT's
     unseen = RAGTask(single, documents, RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1))
     streams = {
         "text": TextStream(load_texts(config.data, "train"), tokenizer, seed + 1),
         "drill": drills,
         "chat": ConversationStream(TaskMixture(chat), tokenizer, T + 1, seed),
         "reading": ConversationStream(RAGTask(rows, documents, reading, seed=seed), tokenizer, T + 1, seed),
-        "fiction": ConversationStream(
-            RAGTask(world.queries, world.documents, reading, seed=seed), tokenizer, T + 1, seed
-        ),
     }
-    shares = {name: getattr(config, f"{name}_share") for name in ("text", "drill", "chat", "fiction")}
+    shares = {"text": config.text_share, "drill": config.drill_share, "chat": config.chat_share}
     mix = MixStream(streams, shares | {"reading": 1 - sum(shares.values())}, seed, d.world_size)
     loader = PackedLoader(mix, config.device_batch_size, T, d.rank, d.world_size)
 
