@@ -147,14 +147,15 @@ def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
     return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"]
 
 
-def fit_confidence(answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray]) -> dict:
+def fit_confidence(
+    answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray], abstain: float = 0.86
+) -> dict:
     """Weights for `confidence` from validation questions, each with its documents' features.
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others; then the bias is moved so that as large a share as possible of the answerable questions
-    is answered from a right document, plus as large a share as possible of the unanswerable ones not at all. `beside`
-    is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no wrong
-    document that has it.
+    documents from all others; the bias is such that the share `abstain` of the unanswerable questions isn't answered.
+    `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
+    wrong document that has it.
     """
     from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
 
@@ -168,12 +169,7 @@ def fit_confidence(answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswer
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
     scores = [(confidence(f, fitted), mask) for f, mask in answerable]
-    right = np.array([s.max() if mask[s.argmax()] else -math.inf for s, mask in scores])
-    wrong = np.array([confidence(f, fitted).max() for f in unanswerable])
-    values = np.unique(np.concatenate([right[np.isfinite(right)], wrong]))
-    thresholds = np.concatenate([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
-    gain = [(right > t).mean() + (wrong <= t).mean() for t in thresholds]
-    bias = -float(thresholds[int(np.argmax(gain))])
+    bias = -float(np.quantile([confidence(f, fitted).max() for f in unanswerable], abstain))
     others = [s[~mask].max() for s, mask in scores if not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 

@@ -98,6 +98,7 @@ class Config:
     queries: str = ""  # questions: a .jsonl file
     contradictions: str = ""  # documents that disagree: a .jsonl file; empty: contradictions.jsonl beside the questions
     calibrate: str = ""  # validation questions to learn from when to abstain; kept with the checkpoint
+    abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: all in one context
@@ -118,6 +119,8 @@ def main(config: Config) -> dict:
         raise UserError("--knowledge_base and --queries are needed, e.g. KB and Q/test.jsonl")
     if config.read not in ("each", "together"):
         raise UserError(f"--read {config.read}: choose each or together")
+    if not 0 <= config.abstain <= 1:
+        raise UserError(f"--abstain {config.abstain}: a share, from 0 to 1")
     for name in ("top_k", "max_examples", "batch_size", "max_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
@@ -304,12 +307,12 @@ def what_it_costs(
 
 
 def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict:
-    """How sure an answer is and from where on it is given (`fit_confidence`), learned from 200 validation questions.
+    """How sure an answer is and from where on it is given (`fit_confidence`), learned from 400 validation questions.
 
     Each is asked with what the retriever finds and with the same without the gold documents.
     """
     rows = [r for r in load_queries(config.calibrate) if r["type"] == "single"]
-    rows = random.Random(config.seed).sample(rows, min(config.max_examples, 200, len(rows)))
+    rows = random.Random(config.seed).sample(rows, min(config.max_examples, 400, len(rows)))
     found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
     there = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
     there = [(r, docs) for r, docs in there if any(_is_gold(doc, r) for doc in docs)]
@@ -326,7 +329,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
 
     features = [x for _, x in over_ranks(views, [(r["query"], docs) for r, docs in there + gone])]
     right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
-    return fit_confidence(list(zip(features, right)), features[len(there) :])
+    return fit_confidence(list(zip(features, right)), features[len(there) :], config.abstain)
 
 
 def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:

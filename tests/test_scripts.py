@@ -424,6 +424,7 @@ BAD = {
                                       "retrieved_together", "--rows retrieved_together: choose from"),
     "no examples": (rag_eval, "--knowledge_base KB --queries QUERIES --max_examples 0", "--max_examples 0: at least 1"),
     "batches of none": (rag_eval, "--knowledge_base KB --queries QUERIES --batch_size 0", "--batch_size 0"),
+    "a share above one": (rag_eval, "--knowledge_base KB --queries QUERIES --abstain 2", "--abstain 2"),
     "no document shown": (rag_eval, "--knowledge_base KB --queries QUERIES --top_k 0", "--top_k 0"),
     "answers of no length": (rag_eval, "--knowledge_base KB --queries QUERIES --max_tokens -1", "--max_tokens -1"),
     "more documents than there are": (rag_eval, "--knowledge_base KB --queries QUERIES --rows oracle_distractors_p1 "
