@@ -72,7 +72,7 @@ def is_quote(said: str, text: str, numbers: set[str], done: bool = False, half: 
 
 def _stands(said: str, text: str, whole: bool, half: bytes = b"") -> bool:
     """Whether `said` and half a character stand in `text` from where a word begins (`whole`: to where one ends)."""
-    if said[:1].isspace() or (whole and not any(c.isalnum() for c in said)):
+    if said[:1].isspace() or (whole and (said[-1:] in ",;:" or not any(c.isalnum() for c in said))):
         return False
     at = text.find(said)
     while at >= 0:

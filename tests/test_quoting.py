@@ -55,6 +55,8 @@ TEXT += "日本の首都 [7]. [8] on"
         ("5 C", False, False),
         ("Caf", True, False),
         (".", True, False),
+        ("D.C.,", True, False),
+        ("D.C.,. [1]", False, False),
     ],
 )
 def test_a_quote_is_whole_words_and_numbers_of_the_text_and_citations(said, begins, done):
