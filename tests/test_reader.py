@@ -10,7 +10,16 @@ from test_engine import TOK, conversation, make_engine
 from nanochat.common import UserError
 from nanochat.documents import Document
 from nanochat.rag_utils import ABSTENTION, also_said
-from nanochat.reader import answer_each, answer_views, confidence, fit_confidence, focus, look, one_document_each
+from nanochat.reader import (
+    BESIDE,
+    answer_each,
+    answer_views,
+    confidence,
+    fit_confidence,
+    focus,
+    look,
+    one_document_each,
+)
 
 
 def test_alone_a_document_keeps_its_number_and_its_question():
@@ -171,5 +180,5 @@ def test_wrong_documents_seldom_speak_beside_right_ones():
     known = [(np.stack([mask * 4 + rng.normal(size=4)] * 3, 1), mask) for _ in range(200)]
     fitted = fit_confidence(known, [f[1:] for f, _ in known])
     beside = [(confidence(f, fitted)[1:] > fitted["beside"]).any() for f, _ in known]
-    assert 0 < np.mean(beside) <= 0.025
+    assert np.mean(beside) == pytest.approx(1 - BESIDE, abs=0.005)
     assert np.mean([confidence(f, fitted)[0] > fitted["beside"] for f, _ in known]) > 0.7
