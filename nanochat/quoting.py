@@ -62,10 +62,10 @@ def is_quote(said: str, text: str, numbers: set[str], done: bool = False, half: 
         return False
     words, cites, tail = said.rpartition(". [")
     if cites:
-        *whole, last = tail.split("][")
-        closed = last.removesuffix("]") in numbers if last.endswith("]") else not done
-        begun = last.endswith("]") or any(n.startswith(last) for n in numbers)
-        return closed and begun and all(n in numbers for n in whole) and _stands(words, text, True)
+        *before, last = tail.split("][")  # each number once
+        left = numbers - set(before)
+        fits = last[:-1] in left if last.endswith("]") else not done and any(n.startswith(last) for n in left)
+        return fits and len(left) == len(numbers) - len(before) and _stands(words, text, True)
     said = said.rstrip()
     return said.endswith(".") and _stands(said[:-1], text, True)
 

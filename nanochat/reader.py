@@ -7,8 +7,8 @@ A small model reads one document well and loses its way among five. So each stan
 it has among the others, and the answer comes from the one that speaks most for itself, as in OPRM (2505.07793), which
 goes by the entropy of the answer; how probable the sentence is that the model abstains with was at hand (the two were
 not compared). What the retriever thinks is added to it (`confidence`, learned by scripts.rag_eval --calibrate). Where
-other documents are convincing, too, they are heard: who agrees is cited, who disagrees is quoted, the newest first
-where documents have a `date`. A question that needs two documents at once can't be asked this way.
+other documents are convincing, too, they are heard: who agrees is cited, who disagrees is quoted, the newest first,
+then those without a `date`. A question that needs two documents at once can't be asked this way.
 """
 
 import math
@@ -63,8 +63,8 @@ def focus(
 ) -> list[list[tuple[dict, float]]]:
     """For each conversation the one-document contexts that may answer, first the one to begin with, and how sure.
 
-    The first is the surest, or of all that may speak the newest, if all have a `date`. A conversation without documents
-    stays as it is, with a confidence of infinity.
+    The first is the newest of those with a `date`, or else the surest. A conversation without documents stays as it is,
+    with a confidence of infinity.
     """
     fitted, chosen = engine.model.confidence, []
     for conversation, (views, features) in zip(
@@ -74,8 +74,7 @@ def focus(
         bar = math.inf if fitted is None else fitted.get("beside", math.inf)
         order = sorted(range(len(views)), key=lambda n: -scores[n])
         heard = [(views[n], float(scores[n])) for k, n in enumerate(order) if not k or scores[n] > max(bar, 0)]
-        if all(map(date_of, [view for view, _ in heard])):
-            heard.sort(key=lambda one: date_of(one[0]), reverse=True)
+        heard.sort(key=lambda one: date_of(one[0]), reverse=True)
         chosen.append(heard or [(conversation, math.inf)])
     return chosen
 

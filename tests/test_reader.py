@@ -152,10 +152,11 @@ def test_other_documents_are_heard_if_they_are_as_sure_the_newest_first():
         sure(("one", 0.9, "2015"), ("two", 0.75, "2025-01"), ("three", 0.3, "2026")),
         sure(("one", 0.9, "2015"), ("two", 0.75, "")),
         sure(("one", 0.1, "2015"), ("two", 0.2, "2016")),
+        sure(("one", 0.9, "31.31.2099"), ("two", 0.75, "2015"), ("three", 0.8, "2020-01")),
     ]
-    assert [numbers(heard) for heard in focus(engine, talks)] == [[1, 3], [2, 1], [1, 2], [2]]
+    assert [numbers(heard) for heard in focus(engine, talks)] == [[1, 3], [2, 1], [1, 2], [2], [3, 2, 1]]
     answers, scores = answer_each(engine, talks, max_tokens=9)
-    assert scores == pytest.approx([0.4, 0.4, 0.4, -0.3]) and answers[3] == ABSTENTION
+    assert scores == pytest.approx([0.4, 0.4, 0.4, -0.3, 0.4]) and answers[3] == ABSTENTION
     for talk, answer in zip(talks[:3], answers):
         [heard] = focus(engine, [talk])
         first, second = answer_views(engine, [view for view, _ in heard], 4, 9, quote=True)
