@@ -54,26 +54,19 @@ def look(
 
 
 def focus(
-    engine: Engine,
-    conversations: Sequence[dict],
-    max_tokens: int = 256,
-    batch_size: int = 16,
-    progress: bool = False,
-    known: dict[bytes, float] | None = None,
+    engine: Engine, conversations: Sequence[dict], max_tokens: int = 256, **options
 ) -> list[list[tuple[dict, float]]]:
     """For each conversation the one-document contexts that may answer, first the one to begin with, and how sure.
 
     The first is the newest of those with a `date`, or else the surest. A conversation without documents stays as it is,
-    with a confidence of infinity.
+    with a confidence of infinity. `options` are `look`'s.
     """
     fitted, chosen = engine.model.confidence, []
-    for conversation, (views, features) in zip(
-        conversations, look(engine, conversations, max_tokens, batch_size, progress, known)
-    ):
+    bar = math.inf if fitted is None else max(fitted["beside"], 0)
+    for conversation, (views, features) in zip(conversations, look(engine, conversations, max_tokens, **options)):
         scores = confidence(features, fitted)
-        bar = math.inf if fitted is None else fitted.get("beside", math.inf)
         order = sorted(range(len(views)), key=lambda n: -scores[n])
-        heard = [(views[n], float(scores[n])) for k, n in enumerate(order) if not k or scores[n] > max(bar, 0)]
+        heard = [(views[n], float(scores[n])) for k, n in enumerate(order) if not k or scores[n] > bar]
         heard.sort(key=lambda one: date_of(one[0]), reverse=True)
         chosen.append(heard or [(conversation, math.inf)])
     return chosen
@@ -122,7 +115,7 @@ def answer_each(
     **sampling,
 ) -> tuple[list[str], list[float]]:
     """The answers, documents read one by one, and the confidence of each. Where it is too low, the abstention."""
-    focused = focus(engine, conversations, max_tokens, batch_size, progress, known)
+    focused = focus(engine, conversations, max_tokens, batch_size=batch_size, progress=progress, known=known)
     tried = [view for heard in focused if not abstains(engine, heard) for view, _ in heard]
     options = {"quote": quote, "progress": progress, **sampling}
     said, answers = iter(answer_views(engine, tried, batch_size, max_tokens, **options)), []

@@ -429,6 +429,10 @@ def evaluate(config: EvalConfig) -> dict:
         rows = random.Random(config.seed).sample(rows, config.max_examples)
     if not rows:
         raise UserError(f"{config.queries} has no question with positive_ids, the documents that answer it")
+    known = load_retriever(config.knowledge_base, "simple").kb
+    wanted = {i for row in rows for i in row["positive_ids"]}
+    if not known.everything.find(sorted(wanted), known.keep):
+        raise UserError(f"{config.queries}: none of its positive_ids is in {config.knowledge_base}; is it another's?")
     kinds = sorted({str(row.get("type", "all")) for row in rows})
     result: dict = {"rows": {}, "by_type": {k: {} for k in kinds}, "config": asdict(config)}
     result["versions"] = versions("bm25s", "faiss-cpu")

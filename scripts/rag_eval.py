@@ -342,7 +342,9 @@ def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
     out: dict[str, list[dict]] = {}
     for kind, key in (("dated", "passage"), ("undated", "passage_undated")):
         out[kind] = []
-        for r in (r for r in rows if all(isinstance(r[age], dict) and r[age].keys() >= SIDE for age in ("old", "new"))):
+        for r in rows:
+            if not all(isinstance(r[age], dict) and r[age].keys() >= SIDE for age in ("old", "new")):
+                raise UserError(f"{path}: 'old' and 'new' of {r['id']!r} need {', '.join(sorted(SIDE))}")
             dates = [{"date": r[age]["date"]} if kind == "dated" else {} for age in ("old", "new")]
             old, new = (
                 Document(f"{r['id']}-{age}", r[age]["title"], r[age][key], metadata=date)

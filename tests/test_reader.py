@@ -55,7 +55,7 @@ def test_calibrated_it_abstains_where_the_confidence_is_too_low():
     for k, talk in enumerate(talks):  # the second document is the likelier one, in two of the talks likely enough
         for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, k / 4 + 0.2)):
             doc["similarity"] = similarity
-    engine.model.confidence = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0}
+    engine.model.confidence = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0, "beside": 9}
     kept, scores = answer_each(engine, [*talks, conversation("Hi")], max_tokens=9)
     assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
     chosen = [heard[0][0] for heard in focus(engine, talks, 9)]
@@ -71,7 +71,7 @@ def test_what_the_retriever_thinks_may_decide():
         doc["similarity"] = similarity
     [(_, features)] = look(engine, [talk])
     assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    by = lambda *weights: {"mean": [0, 0.5], "scale": [1, 1], "weights": weights, "bias": 0.0}
+    by = lambda *weights: {"mean": [0, 0.5], "scale": [1, 1], "weights": weights, "bias": 0.0, "beside": 9}
     assert confidence(features, by(0, 1)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
     for weights, number in (((0, 1), 3), ((0, -1), 1)):
         engine.model.confidence = by(*weights)

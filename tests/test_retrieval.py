@@ -527,7 +527,14 @@ def test_a_file_of_the_users_in_a_knowledge_base_is_not_lost_when_it_is_built_ag
     assert len(RetrievalManager("simple", kb).documents) == 3
 
 
-@pytest.mark.parametrize("row", ['{"query": "x", "positive_ids": [["a"]]}', '{"query": 3, "positive_ids": ["a"]}'])
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"query": "x", "positive_ids": [["a"]]}',
+        '{"query": 3, "positive_ids": ["a"]}',
+        '{"query": "x", "positive_ids": ["another knowledge base\'s"]}',
+    ],
+)
 def test_questions_that_cannot_be_judged_are_one_line(kb, tmp_path, capsys, row):
     (tmp_path / "q.jsonl").write_text(row + "\n")
     for more in ([], ["--max_examples", "-3"]):

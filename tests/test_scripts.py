@@ -279,6 +279,12 @@ def test_answers_over_documents_that_disagree_are_judged_by_what_they_say_of_eac
     assert len(rag_eval.contradictions(config, {"test"})[kind]) == 2
 
 
+def test_a_contradiction_without_its_sides_is_named(tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({**disagreement(0), "old": {"answer": "x"}}))
+    with pytest.raises(UserError, match="'c0' need answer, answers, date"):
+        rag_eval.contradictions(rag_eval.Config(contradictions=str(tmp_path / "c.jsonl")), {None})
+
+
 def test_an_evaluation_says_what_an_answer_costs(world):
     rows = world.found["rag_eval"]["rows"]
     assert all(row["ttft_ms"] > 0 for name, row in rows.items() if name not in ("always_abstain", "first_entity"))
