@@ -76,6 +76,7 @@ few=$((n < 200 ? n : 200)) # questions where a glance will do
 out="$NANOCHAT_BASE_DIR"
 data="$out/factbook"
 kb="$data/knowledge_base"
+books="$out/handbooks"
 if [ "$NPROC" -gt 1 ]; then # torchrun, of the python in use
     threads=$((gpus > 0 || cores < NPROC ? 1 : cores / NPROC))
     run="env OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
@@ -113,10 +114,10 @@ stage() { # stage NAME MAKES FROM COMMAND...: run COMMAND unless what it MAKES i
     fi
 }
 
-evaluate() { # evaluate NAME SCRIPT OF FLAGS...: its results go to evals/SCRIPT.json, and stay while OF is older
-    local name=$1 script=$2 of=$3
-    shift 3
-    stage "$name" "$out/evals/$script.json" "$of" $run "scripts.$script" "$@" --output "$out/evals/$script.json"
+evaluate() { # evaluate NAME RESULT OF SCRIPT FLAGS...: results go to evals/RESULT.json, and stay while OF is older
+    local name=$1 result=$2 of=$3 script=$4
+    shift 4
+    stage "$name" "$out/evals/$result.json" "$of" $run "scripts.$script" "$@" --output "$out/evals/$result.json"
 }
 
 mkdir -p "$out/evals"
@@ -155,15 +156,21 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
         python -m scripts.tok_eval --output "$out/evals/tok_eval.json"
     stage "knowledge base" "$data/conversations/val_rag.jsonl" data/factbook/knowledge_base/documents.jsonl \
         $run scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
+    stage handbooks "$books/conversations/val_rag.jsonl" data/handbooks/rules.txt \
+        $run scripts.prepare_rag_dataset --mode handbooks --type $retriever --output "$books"
     stage pretraining base - $run scripts.base_train --model_tag $tag $common $base
-    evaluate "base evaluation" base_eval base --model_tag $tag --data $text --max_examples $few
+    evaluate "base evaluation" base_eval base base_eval --model_tag $tag --data $text --max_examples $few
     stage midtraining mid - $run scripts.mid_train --source_tag $tag --model_tag $tag $common $mid
     stage "chat SFT" sft - $run scripts.chat_sft --source_tag $tag --model_tag $tag $common $sft
-    evaluate "chat evaluation" chat_eval sft --model_tag $tag --max_examples $few
+    evaluate "chat evaluation" chat_eval sft chat_eval --model_tag $tag --max_examples $few
     stage "RAG SFT" rag - \
         $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
-    evaluate "RAG evaluation" rag_eval rag --model_tag $tag --max_examples $n \
-        --knowledge_base "$kb" --queries "$data/queries/test.jsonl" --calibrate "$data/queries/val.jsonl" --retriever_type $retriever
+    evaluate "RAG evaluation" rag_eval rag rag_eval --model_tag $tag --max_examples $n --retriever_type $retriever \
+        --knowledge_base "$kb" --queries "$data/queries/test.jsonl" \
+        --calibrate "$data/queries/val.jsonl,$books/queries/val.jsonl"
+    evaluate "handbook evaluation" rag_eval_handbooks rag rag_eval --model_tag $tag --max_examples $n \
+        --retriever_type $retriever --knowledge_base "$books/knowledge_base" --queries "$books/queries/test.jsonl" \
+        --rows oracle,retrieved,retrieved_together,distractors_only,unanswerable,two_hop
 }
 echo
 python -m nanochat.report --evals "$out/evals" --output "$out/report"

@@ -17,8 +17,8 @@ from nanochat.common import UserError, read_jsonl
 class Document:
     """A passage. `metadata` holds the other fields of its JSON line.
 
-    `score` is set on what a retriever returns, and `similarity`, the cosine of the query and the sentence that is
-    closest to it, if it compares sentence vectors.
+    `score` is set on what a retriever returns, and if it compares sentence vectors, `closest`, the sentences that are
+    closest to the query, the very closest first, and `similarity`, that one's cosine with the query.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Document:
     source: str = ""
     score: float | None = None
     similarity: float | None = None
+    closest: list[str] | None = None
     metadata: dict = field(default_factory=dict)
 
     @property
@@ -36,7 +37,7 @@ class Document:
 
     def shown(self) -> dict:
         """The document of a retrieval message: what the model, the reader and the user go by."""
-        keys = ("id", "title", "content", "score", "similarity", "source")
+        keys = ("id", "title", "content", "score", "similarity", "closest", "source")
         date = {"date": str(self.metadata["date"])} if self.metadata.get("date") else {}
         return {key: getattr(self, key) for key in keys} | date
 

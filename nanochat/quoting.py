@@ -6,7 +6,7 @@
 
 A small model copies names with a wrong piece in the middle ("Ilir Duguffi"). Where answers stand in the documents word
 for word, as those of the questions it was trained on do, decoding can hold it to words that are there: a passage of one
-document, then "." and citations of documents that are in the prompt; or the sentence that it abstains with.
+document, then "." and at least one citation of a document that is in the prompt; or the sentence that it abstains with.
 """
 
 import re
@@ -16,6 +16,7 @@ from nanochat.documents import UNSPACED
 from nanochat.rag_utils import ABSTENTION
 from nanochat.tokenizer import Tokenizer
 
+OPEN = set("a an the of in on at to for from by with and or per as than is was".split())  # no answer ends with these
 _HEAD = re.compile(r"\[(\d+)\] ?([^\n]*)\n ?")
 
 
@@ -54,9 +55,11 @@ def is_quote(said: str, text: str, numbers: set[str], done: bool = False, half: 
     is_quote("Antan", "Antananarivo is the capital.", {"1"})  # True
     is_quote("Antananarivo. [1", "Antananarivo is the capital.", {"1"})  # True
     """
+    if done and not said.rstrip().endswith("]"):
+        return False
     if not said and not half:
-        return not done
-    if _stands(said, text, done, half):
+        return True
+    if not done and _stands(said, text, False, half):
         return True
     if half:
         return False
@@ -72,7 +75,7 @@ def is_quote(said: str, text: str, numbers: set[str], done: bool = False, half: 
 
 def _stands(said: str, text: str, whole: bool, half: bytes = b"") -> bool:
     """Whether `said` and half a character stand in `text` from where a word begins (`whole`: to where one ends)."""
-    if said[:1].isspace() or (whole and (said[-1:] in ",;:" or not any(c.isalnum() for c in said))):
+    if said[:1].isspace() or (whole and _unfinished(said)):
         return False
     at = text.find(said)
     while at >= 0:
@@ -82,6 +85,12 @@ def _stands(said: str, text: str, whole: bool, half: bytes = b"") -> bool:
             return True
         at = text.find(said, at + 1)
     return False
+
+
+def _unfinished(said: str) -> bool:
+    """Whether something is missing at the end: "32 kilometres per", "the Ark (1911"."""
+    last = said.rpartition(" ")[2].lower()
+    return said[-1:] in ",;:" or last in OPEN or said.count("(") != said.count(")") or not any(map(str.isalnum, said))
 
 
 def _inside(text: str, at: int) -> bool:

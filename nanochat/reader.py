@@ -6,9 +6,12 @@
 A small model reads one document well and loses its way among five. So each stands alone in a context, under the number
 it has among the others, and the answer comes from the one that speaks most for itself, as in OPRM (2505.07793), which
 goes by the entropy of the answer; how probable the sentence is that the model abstains with was at hand (the two were
-not compared). What the retriever thinks is added to it (`confidence`, learned by scripts.rag_eval --calibrate). Where
-other documents are convincing, too, they are heard: who agrees is cited, who disagrees is quoted, the newest first,
-then those without a `date`. A question that needs two documents at once can't be asked this way.
+not compared). What the retriever thinks is added to it (`confidence`, learned by scripts.rag_eval --calibrate). Of a
+document only the sentences are read that the retriever finds closest to the question, if it compares sentences.
+
+Where that is convincing enough to answer, but the model isn't sure of its words, the closest sentence is quoted as a
+whole. Where other documents are convincing, too, they are heard: who agrees is cited, who disagrees is quoted, the
+newest first, then those without a `date`. A question that needs two documents at once can't be asked this way.
 """
 
 import math
@@ -77,9 +80,30 @@ def abstains(engine: Engine, heard: Sequence[tuple[dict, float]]) -> bool:
     return engine.model.confidence is not None and max(score for _, score in heard) <= 0
 
 
-def answer_views(engine: Engine, views: Sequence[dict], batch_size: int, max_tokens: int, **options) -> list[str]:
-    """The answers over contexts that `focus` chose. Where `abstains` decides about abstaining, quoting doesn't."""
-    return engine.answer_batch(views, batch_size, max_tokens, abstain=engine.model.confidence is None, **options)
+def answer_views(
+    engine: Engine, views: Sequence[dict], batch_size: int, max_tokens: int, quote: bool = True, **options
+) -> list[tuple[str, float]]:
+    """The answers over contexts that `focus` chose, and how sure of its words the model is: a token's mean
+    log-probability. Where `abstains` decides about abstaining, quoting doesn't.
+    """
+    prompts = [engine.prompt(view, max_tokens) for view in views]
+    options |= {"quote": quote, "abstain": engine.model.confidence is None}
+    done = engine.complete_batch(prompts, batch_size, engine.room(max_tokens), **options)
+    return [(engine.text(c.ids), float(np.mean(c.logprobs))) for c in done]
+
+
+def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tuple[str, float]], quote: bool) -> str:
+    """One answer from what the model says (`answer_views`) over the contexts that `focus` chose for a question.
+
+    Where the model is less sure of its words than calibration wants, the closest sentence is the answer, and further
+    documents aren't heard.
+    """
+    least = (engine.model.confidence or {}).get("words", -math.inf) if quote else -math.inf
+    (answer, sure), doc = said[0], next(iter(_documents(heard[0][0])), {})
+    if sure < least and doc.get("closest"):
+        return f"{doc['closest'][0].rstrip('.')}. [{doc['number']}]"
+    dates = [date_of(view) for view, _ in heard]
+    return answer + also_said((answer, dates[0]), [(a, d) for (a, s), d in zip(said[1:], dates[1:]) if s >= least])
 
 
 def stream_each(
@@ -88,18 +112,19 @@ def stream_each(
     """The answer of what `focus` chose, in pieces as they come, and then what other documents add to it."""
     if abstains(engine, heard):
         return iter([ABSTENTION])
-    (view, _), *others = heard
-    pieces = engine.stream(view, max_tokens, quote=quote, abstain=engine.model.confidence is None, **sampling)
+    views = [view for view, _ in heard]
+    if quote:  # a few words, and they are weighed before they are said
+        return iter([speak(engine, heard, answer_views(engine, views, len(views), max_tokens, **sampling), quote)])
+    pieces = engine.stream(views[0], max_tokens, abstain=engine.model.confidence is None, **sampling)
 
     def play() -> Iterator[str]:
         said = ""
         for piece in pieces:
             said += piece
             yield piece
-        if others:
-            views = [view for view, _ in others]
-            more = answer_views(engine, views, len(views), max_tokens, quote=quote, **sampling)
-            yield also_said((said, date_of(view)), list(zip(more, map(date_of, views))))
+        if others := views[1:]:
+            more = answer_views(engine, others, len(others), max_tokens, quote, **sampling)
+            yield speak(engine, heard, [(said, 0.0), *more], quote).removeprefix(said)
 
     return play()
 
@@ -117,14 +142,11 @@ def answer_each(
     """The answers, documents read one by one, and the confidence of each. Where it is too low, the abstention."""
     focused = focus(engine, conversations, max_tokens, batch_size=batch_size, progress=progress, known=known)
     tried = [view for heard in focused if not abstains(engine, heard) for view, _ in heard]
-    options = {"quote": quote, "progress": progress, **sampling}
-    said, answers = iter(answer_views(engine, tried, batch_size, max_tokens, **options)), []
-    for heard in focused:
-        if abstains(engine, heard):
-            answers.append(ABSTENTION)
-            continue
-        first, *others = [(next(said), date_of(view)) for view, _ in heard]
-        answers.append(first[0] + also_said(first, others))
+    said = iter(answer_views(engine, tried, batch_size, max_tokens, quote, progress=progress, **sampling))
+    answers = [
+        ABSTENTION if abstains(engine, heard) else speak(engine, heard, [next(said) for _ in heard], quote)
+        for heard in focused
+    ]
     return answers, [max(score for _, score in heard) for heard in focused]
 
 
@@ -166,13 +188,29 @@ def fit_confidence(
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 
 
+def fit_words(sure: Sequence[float], right: Sequence[bool]) -> float:
+    """How sure of its words (`answer_views`) the model has to be: from there on, more answers are right than wrong.
+
+    From validation questions; -1000 if all of theirs were right, 0 if none was.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if len(set(right)) < 2:
+        return -1000.0 if all(right) else 0.0
+    model = LogisticRegression(C=1e3).fit(np.array(sure)[:, None], np.array(right))
+    slope, shift = float(model.coef_[0, 0]), float(model.intercept_[0])
+    return -shift / slope if slope > 0 else (-1000.0 if np.mean(right) > 0.5 else 0.0)
+
+
 def one_document_each(conversation: dict) -> list[dict]:
-    """The conversation once for each document in it, alone and under the number it had."""
+    """The conversation once for each document in it, alone, under the number it had, and cut to what is `closest`."""
     messages, views, number = conversation["messages"], [], 0
     for at, message in enumerate(messages):
         for doc in message["documents"] if message["role"] == "retrieval" else []:
             doc = doc if isinstance(doc, dict) else doc.shown()
             number = doc.get("number") or number + 1
+            if close := doc.get("closest"):
+                doc = {**doc, "content": " ".join(sorted(close, key=doc["content"].find))}
             only = {**message, "documents": [{**doc, "number": number}]}
             rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]
             views.append({**conversation, "messages": rest})

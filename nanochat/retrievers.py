@@ -35,6 +35,7 @@ INDEXES = ("auto", "flat", "hnsw", "ivf", "ivfpq")
 MAX_QUERY_CHARS = 8192
 REMEMBERED = 4096  # vectors of queries
 REMEMBERED_SENTENCES = 50_000  # and of sentences: 77 MB
+CLOSEST = 2  # sentences of a document that are read when it is read alone (docs/LOG.md has one and three)
 MAX_SENTENCES = 64  # of a document that are compared with a query
 POOL = 50  # how many of the best are reranked, or looked at for diversity
 
@@ -176,8 +177,8 @@ class Retriever:
         return [replace(doc, score=score, metadata=copy.deepcopy(doc.metadata)) for doc, (score, _) in zip(docs, found)]
 
     def compare(self, query: str, docs: Sequence[Document]) -> list[Document]:
-        """Copies of any documents with their `similarity` to the query; where no vectors are compared, without."""
-        return [replace(doc, similarity=None) for doc in docs]
+        """Copies of any documents, `similarity` to the query and `closest` set; where no vectors are compared, not set."""
+        return [replace(doc, similarity=None, closest=None) for doc in docs]
 
     def search(
         self,
@@ -465,14 +466,21 @@ class DenseRetriever(Retriever):
         return rows @ rows.T
 
     def compare(self, query: str, docs: Sequence[Document]) -> list[Document]:
-        """Copies with, as `similarity`, the highest cosine of the query and one of a document's sentences, titled.
+        """Copies with the `CLOSEST` sentences as `closest` and the highest cosine of the query with one, titled, as
+        `similarity`.
 
         A passage of several facts is as far from a question as its other facts are; its best sentence isn't. On the
         Factbook this tells right passages from wrong ones far better than the passage's own cosine (docs/LOG.md). It
         takes a few milliseconds a document; what was compared last is remembered.
         """
         [vector] = self._encode([valid_unicode(query[:MAX_QUERY_CHARS])])
-        return [replace(doc, similarity=float((self._sentences(doc) @ vector).max())) for doc in docs]
+        found = []
+        for doc in docs:
+            likeness = self._sentences(doc) @ vector
+            told = list(islice(sentences(doc.content), MAX_SENTENCES)) or [doc.content]
+            closest = [told[i] for i in np.argsort(-likeness, kind="stable")[:CLOSEST]]
+            found.append(replace(doc, similarity=float(likeness.max()), closest=closest))
+        return found
 
     def _sentences(self, doc: Document) -> np.ndarray:
         """The vectors (sentences, dims) of a document's first sentences, the title before each.

@@ -215,6 +215,9 @@ def check_conversation(conversation: dict) -> dict:
             alike = [d.get("similarity") for d in docs if isinstance(d, dict)]
             if not all(x is None or type(x) in (int, float) for x in alike):
                 raise UserError(f"message {n}: a document's 'similarity' must be a number")
+            close = [d.get("closest") or [] for d in docs if isinstance(d, dict)]
+            if not all(isinstance(told, list) and all(isinstance(s, str) for s in told) for told in close):
+                raise UserError(f"message {n}: a document's 'closest' must be a list of sentences")
         elif not isinstance(message.get("content"), str):
             raise UserError(f"message {n}: a {role} message needs a text 'content'")
     return conversation

@@ -2,6 +2,7 @@
 
     python -m scripts.prepare_rag_dataset --mode example --output data/rag_examples   # small, hand-written, seconds
     python -m scripts.prepare_rag_dataset --mode factbook --output DIR                # all that ships in data/factbook
+    python -m scripts.prepare_rag_dataset --mode handbooks --output DIR               # and in data/handbooks
 
     DIR/knowledge_base/   what RetrievalManager and the commands' --knowledge_base open
     DIR/queries/          train.jsonl val.jsonl test.jsonl: {"id", "query", "answer", "answers", "positive_ids", ...}
@@ -31,6 +32,7 @@ from nanochat.config import run
 from nanochat.documents import Document, read_documents
 from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import SimpleRetriever, build_kb, kb_info
+from tasks.handbooks import load_handbooks
 
 SYSTEM = "You are a helpful assistant. Answer from the documents and cite them."
 
@@ -39,7 +41,7 @@ SYSTEM = "You are a helpful assistant. Answer from the documents and cite them."
 class Config:
     """The data set to make."""
 
-    mode: str = "example"  # example: a few hand-written documents; factbook: the World Factbook that ships in data/
+    mode: str = "example"  # example: a few documents; factbook, handbooks: all that ships in data/ under that name
     output: str = ""  # the folder to write
     type: str = "hybrid"  # which indexes the knowledge base gets: simple, bm25, dense or hybrid (bm25 and dense)
     max_conversations: int = 2000  # at most this many of each split's questions become conversations
@@ -47,8 +49,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if config.mode not in ("example", "factbook"):
-        raise UserError(f"unknown --mode {config.mode}; choose example or factbook")
+    if config.mode not in ("example", "factbook", "handbooks"):
+        raise UserError(f"unknown --mode {config.mode}; choose example, factbook or handbooks")
     if not config.output:
         raise UserError("give --output, the folder to write")
     if config.max_conversations < 0:
@@ -60,6 +62,11 @@ def main(config: Config) -> None:
     if config.mode == "example":
         documents, queries = example_documents(), example_queries()
         built_from = "example " + str(EXAMPLE_VERSION)
+    elif config.mode == "handbooks":
+        books = {split: load_handbooks(split) for split in SPLITS}
+        documents = [Document.from_dict(doc) for split in SPLITS for doc in books[split].documents.values()]
+        queries = {split: books[split].queries for split in SPLITS}
+        built_from = " ".join(sha256_of(path) for path in sorted((DATA / "handbooks").glob("*.txt")))
     else:
         source = DATA / "factbook" / "knowledge_base" / "documents.jsonl"
         documents, built_from = read_documents(source), sha256_of(source)

@@ -19,16 +19,19 @@ Every row asks questions of `--queries` in another setting:
     two_hop             two-hop questions with both gold documents among three distractors
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
-    retrieved_simple, retrieved_bm25 ...   with another retriever than the knowledge base's own; only where --rows asks
+    oracle_among        the gold document somewhere among distractors; only where --rows asks, like the following
+    retrieved_simple, retrieved_bm25 ...   with another retriever than the knowledge base's own
 
 With `--read each` (the default) every document is read alone and the answer comes from the one that speaks most for
 itself (nanochat/reader.py). How the model's odds and the retriever's opinion are weighed, and from where on it is
-better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint. With `--read together` all
-stand in one context, as they always do in `two_hop` and `retrieved_together`.
+better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint; of several files (commas
+between them), one that has a knowledge base of its own, Q/../knowledge_base, is asked of that. With `--read together`
+all stand in one context, as they always do in `two_hop` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
-those of the answer without its citations, the best over accepted variants; of documents that disagree, what is said
-first counts, in contradictory_undated both sides, half each. hallucination: answered, and no shown document holds the
+those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in it
+(a quoted sentence may hold the answer without being it); of documents that disagree, what is said first counts, in
+contradictory_undated both sides, half each. hallucination: answered, and no shown document holds the
 answer. Citation precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and
 could be; a single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question
 and documents to the first token of the answer, ten asked one at a time; tokens: what the model reads for them, on
@@ -73,13 +76,24 @@ from nanochat.rag_utils import (
     extract_citations,
     hallucination,
     is_abstention,
+    is_supported,
     main_answer,
     mean_with_intervals,
     recall_at_k,
     statements,
     strip_citations,
 )
-from nanochat.reader import answer_each, fit_confidence, focus, look, one_document_each, stream_each
+from nanochat.reader import (
+    answer_each,
+    answer_views,
+    confidence,
+    fit_confidence,
+    fit_words,
+    focus,
+    look,
+    one_document_each,
+    stream_each,
+)
 from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
 from tasks.rag_task import RAGMix, RAGTask, states_answer
@@ -97,7 +111,7 @@ class Config:
     knowledge_base: str = ""  # folder of the knowledge base
     queries: str = ""  # questions: a .jsonl file
     contradictions: str = ""  # documents that disagree: a .jsonl file; empty: contradictions.jsonl beside the questions
-    calibrate: str = ""  # validation questions to learn from when to abstain; kept with the checkpoint
+    calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
     abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
@@ -107,6 +121,7 @@ class Config:
     seed: int = 0  # which questions
     batch_size: int = 32  # answers generated at a time
     max_tokens: int = 48  # tokens an answer may have
+    context: int = 0  # tokens of context, more than the model was trained with if you like; 0: as it was trained
     rows: str = ""  # only these rows, comma-separated; empty: all
     show: int = 0  # print this many answers of each row
     device: str = ""  # cpu, cuda or mps; empty: the best one present
@@ -121,16 +136,18 @@ def main(config: Config) -> dict:
         raise UserError(f"--read {config.read}: choose each or together")
     if not 0 <= config.abstain <= 1:
         raise UserError(f"--abstain {config.abstain}: a share, from 0 to 1")
-    for name in ("top_k", "max_examples", "batch_size", "max_tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
+    for name, least in {"top_k": 1, "max_examples": 1, "batch_size": 1, "max_tokens": 1, "context": 0}.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: at least {least}")
     d = init_distributed(config.device)
     manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc for doc in manager.documents}
     rows = load_queries(config.queries)
     checkpoint = find_checkpoint(config.source, config.model_tag or None, config.step or None)
     model, tokenizer, meta = load_model(str(checkpoint), d.device)
+    model.config.sequence_len = config.context or model.config.sequence_len
     engine = Engine(model, tokenizer)
+
     # 2. The questions of each kind, and what the retriever finds for them
     rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
     pools = {kind: [r for r in rows if r["type"] == kind] for kind in ("single", "two_hop", "unanswerable")}
@@ -200,6 +217,7 @@ def main(config: Config) -> dict:
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
+        "oracle_among": ("single", lambda r: among(r, gold(r)[:1])),
         **{f"retrieved_{t}": ("single", partial(by_retriever, t)) for t in others},
     }
     if config.read == "together":
@@ -207,16 +225,14 @@ def main(config: Config) -> dict:
     wanted = [name.strip() for name in config.rows.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in settings]:
         raise UserError(f"--rows {unknown[0]}: choose from {', '.join(settings)}")
-    usual = [name for name in settings if name.removeprefix("retrieved_") not in others]
+    usual = [name for name in settings if name.removeprefix("retrieved_") not in others and name != "oracle_among"]
     wanted = wanted or [name for name in usual if settings[name][0] in by_type]
     if empty := [name for name in wanted if settings[name][0] not in by_type]:
         raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
 
     # 3. How sure is sure enough?
     if config.calibrate:
-        if {r["id"] for r in load_queries(config.calibrate)} & {r["id"] for r in rows}:
-            raise UserError("--calibrate has questions that --queries has, too; give it the validation questions")
-        model.confidence = calibrate(engine, manager, config)
+        model.confidence = calibrate(engine, manager, config, {r["id"] for r in rows})
 
     # 4. Ask and judge
     table, log, known = {}, [], {}
@@ -306,12 +322,41 @@ def what_it_costs(
     return {"ttft_ms": float(np.median(times)), "tokens": float(np.mean(tokens))}
 
 
-def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict:
-    """How sure an answer is and from where on it is given (`fit_confidence`), learned from 400 validation questions.
+def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged: set[str]) -> dict:
+    """How sure an answer is and from where on it is given (`fit_confidence`), from the files of `--calibrate`.
 
-    Each is asked with what the retriever finds and with the same without the gold documents.
+    `judged` are the ids of the questions that are to be judged; none of them may be learned from.
     """
-    rows = [r for r in load_queries(config.calibrate) if r["type"] == "single"]
+    answerable, unanswerable, asked = [], [], []
+    for path in config.calibrate.split(","):
+        rows = load_queries(path)
+        if {r["id"] for r in rows} & judged:
+            raise UserError(
+                f"--calibrate {path} has questions that --queries has, too; give it the validation questions"
+            )
+        own = Path(path).parent.parent / "knowledge_base"
+        other = own.exists() and own.resolve() != Path(config.knowledge_base).resolve()
+        of = RetrievalManager(manager.retriever_type, own, cached=True) if other else manager
+        there, gone, views = calibration_features(engine, of, config, rows, path)
+        answerable, unanswerable, asked = answerable + there, unanswerable + gone, asked + views
+    fitted = fit_confidence(answerable, unanswerable, config.abstain)
+    # and with the documents that these weights choose, how sure of its words the model has to be
+    best = [views[confidence(f, fitted).argmax()] for (f, _), (_, views) in zip(answerable, asked)]
+    engine.model.confidence = fitted  # from here on, abstaining is not the model's affair
+    speak = lambda part: answer_views(engine, part, config.batch_size, config.max_tokens, progress=is_main())
+    said = over_ranks(speak, best)
+    right = [answer_f1(main_answer(answer), r["answers"]) > 0.5 for (answer, _), (r, _) in zip(said, asked)]
+    return fitted | {"words": fit_words([sure for _, sure in said], right)}
+
+
+def calibration_features(
+    engine: Engine, manager: RetrievalManager, config: Config, rows: list[dict], path: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray], list[tuple[dict, list[dict]]]]:
+    """What `fit_confidence` takes, of 400 questions: with what the retriever finds, and without the gold documents.
+
+    And of those with it, the question and its documents one by one.
+    """
+    rows = [r for r in rows if r["type"] == "single"]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, 400, len(rows)))
     found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
     there = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
@@ -319,17 +364,16 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config) -> dict
     gone = [(r, [doc for doc in docs if _is_distractor(doc, r)][: config.top_k]) for r, docs in zip(rows, found)]
     gone = [(r, docs) for r, docs in gone if docs]
     if not there or not gone:
-        raise UserError(
-            f"--calibrate {config.calibrate}: no question of one hop finds its gold document, or nothing else"
-        )
+        raise UserError(f"--calibrate {path}: no question of one hop finds its gold document, or nothing else")
 
     def views(part: list[tuple[str, list[Document]]]) -> list:
         asked = [ask(query, manager.compare(query, docs)) for query, docs in part]
         return look(engine, asked, config.max_tokens, config.batch_size, is_main())
 
-    features = [x for _, x in over_ranks(views, [(r["query"], docs) for r, docs in there + gone])]
+    looked = over_ranks(views, [(r["query"], docs) for r, docs in there + gone])
+    features = [x for _, x in looked]
     right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
-    return fit_confidence(list(zip(features, right)), features[len(there) :], config.abstain)
+    return list(zip(features, right)), features[len(there) :], [(r, v) for (r, _), (v, _) in zip(there, looked)]
 
 
 def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
@@ -395,6 +439,9 @@ def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
     out = {
         "f1": 0.0 if refused else answer_f1(text, row["answers"]),
         "em": 0.0 if refused else exact_match(text, row["answers"]),
+        "contains": float(
+            not refused and any(is_supported(a, [{"title": "", "content": text}]) for a in row["answers"])
+        ),
         "hallucination": 0.0 if refused else max((hallucination(words, docs) for words, _ in said), default=0.0),
         "over_abstention" if answerable else "abstention": float(refused),
     }
@@ -405,7 +452,7 @@ def judge(row: dict, docs: list[Document], answer: str) -> dict[str, float]:
             best = [max((measure(w, a) for w, cites in said if places.get(p) in cites), default=0.0) for p, a in sides]
             out[name] = sum(best) / 2
     if row["type"] == "unanswerable":
-        out["f1"] = out["em"] = float(refused)
+        out["f1"] = out["em"] = out["contains"] = float(refused)
     if answerable and not refused:
         gold = row["positive_ids"] if row["hops"] > 1 else here
         precision, recall = citation_precision_recall(extract_citations(answer), docs, gold)

@@ -28,6 +28,7 @@ from tasks.common import ConversationStream, JSONLTask, MixStream, TaskMixture
 from tasks.drills import LADDER, DrillStream
 from tasks.factbook import ChatPairs, load_queries
 from tasks.fiction import make_world
+from tasks.handbooks import HandbookTask, load_handbooks
 from tasks.rag_task import RAGMix, RAGTask, reading_eval
 from tasks.retrieval_qa import retrieve_all
 
@@ -51,9 +52,10 @@ class Config(TrainConfig):
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
     drill_share: float = 0.02  # share of drills
-    fiction_share: float = 0.15  # share of contexts with one document from an invented world (tasks/fiction.py)
-    one_share: float = 0.65  # share of contexts with one document (two, if the question has two hops)
-    short_share: float = 0.08  # share of contexts with several, cut to three sentences; the rest: one or several, whole
+    fiction_share: float = 0.1  # share of contexts with one document from an invented world (tasks/fiction.py)
+    handbook_share: float = 0.4  # share of contexts with an excerpt of a handbook's document (tasks/handbooks.py)
+    one_share: float = 0.3  # share of contexts with an excerpt of one document (two whole ones for two hops)
+    short_share: float = 0.05  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation
 
@@ -87,17 +89,21 @@ def main(config: Config) -> dict[str, float]:
     found = retrieve_all(manager, train_rows)
     shares = (config.absent, config.paired, config.counterfactual)
     whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k, reword=config.reword)
-    one = replace(whole, max_docs=1)
+    one = replace(whole, max_docs=1, sentences=3)
+    easier = replace(one, absent=0.15, paired=0.1)  # prose of all kinds is hard enough
     short = replace(whole, min_docs=min(2, config.top_k), sentences=3)
-    world = make_world("train")
+    world, books = make_world("train"), load_handbooks("train")
     tasks = {
         "one": RAGTask(train_rows, documents, one, found, config.seed + 2),
         "whole": RAGTask(train_rows, documents, whole, found, config.seed),
         "short": RAGTask(train_rows, documents, short, found, config.seed + 1),
         "fiction": RAGTask(world.queries, world.documents, one, seed=config.seed + 3),
+        "handbook": HandbookTask(books.queries, books.documents, easier, seed=config.seed + 4),
         "chat": TaskMixture([ChatPairs("train")] + ([JSONLTask(config.conversations)] if config.conversations else [])),
     }
-    shares = {name: getattr(config, f"{name}_share") for name in ("chat", "drill", "fiction", "one", "short")}
+    shares = {
+        name: getattr(config, f"{name}_share") for name in ("chat", "drill", "fiction", "handbook", "one", "short")
+    }
     shares["whole"] = 1 - sum(shares.values())
     limit = config.sequence_len + 1
     streams = {name: ConversationStream(task, tokenizer, limit, config.seed) for name, task in tasks.items()}
@@ -106,16 +112,17 @@ def main(config: Config) -> dict[str, float]:
     loader = PackedLoader(stream, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
 
     # 4. Validation on questions about other entities, half of them without the gold document: one document, several
-    # that the retriever finds, one from another invented world
+    # that the retriever finds, one from another invented world or another handbook
     single = [r for r in val_rows if r["type"] == "single"] or val_rows
     single = random.Random(0).sample(single, min(config.val_examples, len(single)))
     val_found = retrieve_all(manager, single)
-    invented = make_world("val", 200)
-    fixed = RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1)
-    several = replace(fixed, min_docs=config.top_k, max_docs=config.top_k)
+    invented, unread = make_world("val", 200), load_handbooks("val")
+    several = RAGMix(absent=0.5, counterfactual=0, follow_up=0, min_docs=config.top_k, max_docs=config.top_k)
+    fixed = replace(several, min_docs=1, max_docs=1, sentences=2)
     asked = {
         "one": RAGTask(single, documents, fixed, val_found),
         "several": RAGTask(single, documents, several, val_found),
+        "handbook": RAGTask([r for r in unread.queries if r["type"] == "single"], unread.documents, fixed),
         "fiction": RAGTask([r for r in invented.queries if r["type"] == "single"], invented.documents, fixed),
     }
     evals = [

@@ -42,7 +42,7 @@ class RAGMix:
     min_docs: int = 1  # documents in the context, at least
     max_docs: int = 5  # and at most
     reword: float = 0.0  # questions in a wording that no question file has
-    sentences: int = 0  # documents are cut to so many sentences, those that answer included (0: whole)
+    sentences: int = 0  # documents are cut to one to so many sentences, the first answer's included (0: whole)
 
 
 class RAGTask(Task):
@@ -71,7 +71,7 @@ class RAGTask(Task):
         self.ids = [i for i, doc in documents.items() if not splits or doc.get("split") in splits]
         self.allowed = set(self.ids)
         self.countries = {doc["country"] for doc in documents.values() if doc.get("country")}
-        self.by_doc: dict[str, list[dict]] = {}  # single-hop questions that a document answers
+        self.by_doc: dict[str, list[dict]] = {}  # single-hop questions that a document answers, or just doesn't
         self.by_relation: dict[str, list[dict]] = {}
         self.by_country: dict[str, list[str]] = {}
         self.rows_of_country: dict[str, list[dict]] = {}
@@ -79,8 +79,8 @@ class RAGTask(Task):
             if row["hops"] == 1 and row["positive_ids"]:
                 self.by_relation.setdefault(row.get("relation", ""), []).append(row)
                 self.rows_of_country.setdefault(row.get("country", ""), []).append(row)
-                for p in row["positive_ids"]:
-                    self.by_doc.setdefault(p, []).append(row)
+            for p in row["positive_ids"] or row.get("about_ids", []) if row["hops"] == 1 else []:
+                self.by_doc.setdefault(p, []).append(row)
         for i in self.ids:
             self.by_country.setdefault(documents[i].get("country", ""), []).append(i)
 
@@ -91,7 +91,7 @@ class RAGTask(Task):
         rng, mix, row = random.Random(f"{self.seed}/{self.epoch}/{i}"), self.mix, self.rows[i]
         absent = not row["positive_ids"] or rng.random() < mix.absent
         n_docs = rng.randint(mix.min_docs, mix.max_docs)
-        gold = [] if absent else self._gold(row, rng)
+        gold = row.get("about_ids", []) if not row["positive_ids"] else [] if absent else self._gold(row, rng)
         ids = gold + self._distractors(row, max(0, n_docs - len(gold)), rng)
         rng.shuffle(ids)
         shown = self._show(ids)
@@ -100,18 +100,20 @@ class RAGTask(Task):
         if rng.random() < mix.follow_up:
             questions += self._follow_ups(row, shown, rng)
         if mix.sentences:
-            whole = {
-                p for q in questions if q["hops"] > 1 for p in q["positive_ids"]
-            }  # who leads to whom may be anywhere
+            n = rng.randint(1, mix.sentences)
             for doc in shown:
-                if doc["id"] not in whole:
-                    doc["content"] = shorten(doc["content"], [q["answer"] for q in questions], mix.sentences, rng)
+                needed = doc["id"] in row["positive_ids"]
+                if not needed or row["hops"] == 1:  # of two documents, who leads to whom may be anywhere
+                    doc["content"] = shorten(doc["content"], [row["answer"]] * needed, n, rng)
+            # questions to what was cut away are near misses now; most are left out
+            lost = lambda q: {*q["positive_ids"]} & {*ids} and not self._answer(q, shown)[1]
+            questions = [q for q in questions if not lost(q) or rng.random() < mix.absent]
         if len(shown) == 1:  # any number may stand at a document read alone (reader.py)
             shown[0]["number"] = rng.randint(1, 9)
         turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
-        turns = [(query.lower() if rng.random() < mix.reword / 8 else query, *rest) for query, *rest in turns]
+        turns = [(careless(query, rng) if rng.random() < mix.reword / 4 else query, *rest) for query, *rest in turns]
         return self._conversation(row, [(turns[0][0], shown)], turns)
 
     def _show(self, ids: Sequence[str]) -> list[dict]:
@@ -191,6 +193,9 @@ class RAGTask(Task):
         """The right answer to `row` over the documents shown, and the numbers it cites."""
         numbers = {doc["id"]: doc.get("number", n) for n, doc in enumerate(shown, 1)}
         here = [p for p in row["positive_ids"] if p in numbers]
+        if self.mix.sentences and row["hops"] == 1:
+            told = whole_word(row["answer"])
+            here = [doc["id"] for doc in shown if doc["id"] in here and told.search(doc["content"])]
         if not here or (row["hops"] > 1 and len(here) < len(row["positive_ids"])):
             return ABSTENTION, []
         cited = here if row["hops"] > 1 else here[:1]
@@ -339,6 +344,21 @@ def reword(query: str, country: str, rng: random.Random) -> str:
         query = rng.choice(FRAMES).format(np=found[1] or found[2], c=country)
         query = query[0].upper() + query[1:]
     return query
+
+
+def careless(query: str, rng: random.Random) -> str:
+    """A question as it is typed in a hurry: without capitals, a question mark or a letter; now and then in capitals."""
+    how = rng.random()
+    if how < 0.1:
+        return query.upper()
+    if how < 0.4:  # a letter is left out
+        words = query.split(" ")
+        if long := [n for n, word in enumerate(words) if len(word) > 4 and word.isalpha()]:
+            n = rng.choice(long)
+            at = rng.randrange(1, len(words[n]))
+            words[n] = words[n][:at] + words[n][at + 1 :]
+        return " ".join(words)
+    return query.lower().rstrip("?.") if how < 0.7 else query.lower()
 
 
 SYLLABLES = (

@@ -16,10 +16,50 @@ from nanochat.reader import (
     answer_views,
     confidence,
     fit_confidence,
+    fit_words,
     focus,
     look,
     one_document_each,
+    speak,
 )
+
+
+def words(engine, views) -> list[str]:
+    return [answer for answer, _ in answer_views(engine, views, 4, 9)]
+
+
+def test_of_a_document_only_the_closest_sentences_are_read_in_their_order():
+    talk = conversation("River?", "It is one. It is two. It is three.")
+    talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one."]
+    [view] = one_document_each(talk)
+    assert view["messages"][0]["documents"][0]["content"] == "It is one. It is three."
+
+
+def test_who_is_not_sure_of_words_quotes_the_closest_sentence():
+    engine = make_engine(sequence_len=256)
+    heard = [(conversation("River?", "It is one. It is two."), 1.0), (conversation("River?", "two"), 0.5)]
+    heard[0][0]["messages"][0]["documents"][0] |= {"closest": ["It is two.", "It is one."], "number": 4}
+    said = [("one. [4]", -0.5), ("two. [5]", -0.1)]
+    fitted = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0, "beside": 0.2}
+    for least, quote, answer in (
+        (-0.4, True, "It is two. [4]"),
+        (-0.4, False, "one. [4] Or, by another document: two. [5]"),
+        (-0.6, True, "one. [4] Or, by another document: two. [5]"),
+    ):
+        engine.model.confidence = fitted | {"words": least}
+        assert speak(engine, heard, said, quote) == answer
+    engine.model.confidence = fitted | {"words": -0.4}
+    assert speak(engine, heard[::-1], said[::-1], True) == "two. [5]"  # others are heard if they are sure
+    assert speak(engine, heard[1:], [("one", -9.0)], True) == "one"  # there is no closest sentence
+
+
+def test_more_words_are_right_than_wrong_from_there_on():
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(-2, 0, 2000)
+    right = rng.uniform(size=2000) < 1 / (1 + np.exp(-6 * (sure + 0.7)))
+    assert fit_words(sure, right) == pytest.approx(-0.7, abs=0.1)
+    assert fit_words([-1, -2], [True, True]) < -100 and fit_words([-1, -2], [False, False]) == 0
+    assert fit_words([-1, -2, -3], [False, True, True]) < -100  # surer and wrong: nothing to go by, most are right
 
 
 def test_alone_a_document_keeps_its_number_and_its_question():
@@ -59,7 +99,7 @@ def test_calibrated_it_abstains_where_the_confidence_is_too_low():
     kept, scores = answer_each(engine, [*talks, conversation("Hi")], max_tokens=9)
     assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
     chosen = [heard[0][0] for heard in focus(engine, talks, 9)]
-    assert kept[:2] == [ABSTENTION] * 2 and kept[2:4] == answer_views(engine, chosen[2:], 4, 9, quote=True)
+    assert kept[:2] == [ABSTENTION] * 2 and kept[2:4] == words(engine, chosen[2:])
     assert ABSTENTION not in kept[2:]  # the last has no document: the model is asked
     assert [engine.model.generate_from_conversation(t, max_tokens=9) for t in talks] == kept[:4]
 
@@ -119,7 +159,7 @@ def test_the_model_itself_answers_after_reading_one_by_one_or_together(read):
     engine = make_engine(sequence_len=256)
     talks = [conversation(q, "one two", "three", "x y z") for q in ("River?", "Capital?", "Where is it?")]
     alone = [heard[0][0] for heard in focus(engine, talks, 9)]
-    each = answer_views(engine, alone, 4, 9, quote=True)
+    each = words(engine, alone)
     together = engine.answer_batch(talks, max_tokens=9)
     expected = each if read == "each" else together
     assert [engine.model.generate_from_conversation(c, read=read, max_tokens=9) for c in talks] == expected
@@ -159,7 +199,7 @@ def test_other_documents_are_heard_if_they_are_as_sure_the_newest_first():
     assert scores == pytest.approx([0.4, 0.4, 0.4, -0.3, 0.4]) and answers[3] == ABSTENTION
     for talk, answer in zip(talks[:3], answers):
         [heard] = focus(engine, [talk])
-        first, second = answer_views(engine, [view for view, _ in heard], 4, 9, quote=True)
+        first, second = words(engine, [view for view, _ in heard])
         dates = [view["messages"][0]["documents"][0].get("date", "") for view, _ in heard]
         assert answer == first + also_said((first, dates[0]), [(second, dates[1])])
 

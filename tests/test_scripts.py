@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat.checkpoint_manager import find_checkpoint, load_model
-from nanochat.common import DATA, UserError
+from nanochat.common import DATA, UserError, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.rag_utils import ABSTENTION
-from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval import RetrievalManager, build_kb
 from nanochat.tokenizer import Tokenizer
 from scripts import (
     base_eval,
@@ -89,10 +89,16 @@ def world(tmp_path_factory):
             num_iterations=12, eval_every=0, val_examples=3,
         ))  # fmt: skip
         (home / "sides.jsonl").write_text("".join(json.dumps(disagreement(n)) + "\n" for n in range(2)))
+        rows = [(i, f"What is thing {i}?", "a spoon" if i % 2 else "a fork") for i in range(4)]
+        write_jsonl(home / "own" / "queries" / "val.jsonl", (
+            {"id": f"own{i}", "query": q, "answer": a, "answers": [a], "positive_ids": [f"t{i}"], "type": "single"}
+            for i, q, a in rows))  # fmt: skip
+        build_kb([Document(f"t{i}", f"Thing {i}", f"Thing {i} is {a}.") for i, _, a in rows],
+                 home / "own" / "knowledge_base", "bm25")  # fmt: skip
         w.found["rag_eval"] = rag_eval.main(rag_eval.Config(
             knowledge_base=w.kb, queries=w.queries + "/test.jsonl", retriever_type="bm25", top_k=3, max_examples=3,
-            max_tokens=6, device="cpu", output=str(home / "rag_eval.json"), calibrate=w.queries + "/val.jsonl",
-            contradictions=str(home / "sides.jsonl"),
+            max_tokens=6, device="cpu", output=str(home / "rag_eval.json"), context=512,
+            calibrate=f"{w.queries}/val.jsonl,{home}/own/queries/val.jsonl", contradictions=str(home / "sides.jsonl"),
         ))  # fmt: skip
         yield w
 
@@ -212,6 +218,21 @@ def test_the_confidence_learned_on_validation_questions_stays_with_the_checkpoin
     read = [a for a in answers if "confidence" in a]
     assert {"retrieved", "oracle"} <= {a["row"] for a in read}
     assert all(a["answer"] == ABSTENTION for a in read if a["confidence"] <= 0)
+
+
+def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them(world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rag_eval, "calibration_features", lambda *a: asked.append((a[1].path, len(a[3]))) or ([], []))
+    monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a: {"abstain": a[2]})
+    config = rag_eval.Config(
+        knowledge_base=world.kb, calibrate=f"{world.queries}/val.jsonl,{world.home}/own/queries/val.jsonl"
+    )
+    manager = RetrievalManager("bm25", world.kb)
+    assert rag_eval.calibrate(None, manager, config, set()) == {"abstain": config.abstain}
+    assert asked == [
+        (manager.path, len(load_queries(f"{world.queries}/val.jsonl"))),
+        (world.home / "own" / "knowledge_base", 4),
+    ]
 
 
 def test_a_refused_evaluation_changes_no_checkpoint(world, tmp_path):
@@ -442,7 +463,7 @@ BAD = {
                                              "--output MINE/x.json", "MINE"),
     "nothing to evaluate": (chat_eval, "--max_examples 0", "at least 1"),
     "missing model": (base_eval, "--model_tag d99", "known tags"),
-    "unknown mode": (prepare_rag_dataset, "--mode toy --output NEW", "choose example or factbook"),
+    "unknown mode": (prepare_rag_dataset, "--mode toy --output NEW", "choose example, factbook or handbooks"),
     "no output": (prepare_rag_dataset, "--mode example", "give --output"),
     "unknown index": (prepare_rag_dataset, "--output NEW --type psychic", "unknown retriever type"),
 }  # fmt: skip

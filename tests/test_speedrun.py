@@ -80,8 +80,8 @@ def times(folder: Path) -> list[str]:
     return [line.split("\t")[0] for line in (folder / "times.tsv").read_text().splitlines()]
 
 
-ALL = ["tok_train", "tok_eval", "prepare_rag_dataset", "base_train", "base_eval", "mid_train", "chat_sft", "chat_eval",
-       "rag_finetune", "rag_eval"]  # fmt: skip
+ALL = ["tok_train", "tok_eval", "prepare_rag_dataset", "prepare_rag_dataset", "base_train", "base_eval", "mid_train",
+       "chat_sft", "chat_eval", "rag_finetune", "rag_eval", "rag_eval"]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_a_second_run_trains_and_evaluates_nothing_again_and_keeps_the_times(she
     assert (base / "times.tsv").read_text() == before
     # a new checkpoint is evaluated, and takes the place of the old one in the times
     shutil.rmtree(base / "checkpoints" / "rag")
-    assert called(speedrun(shell, **options))[-3:] == ["rag_finetune", "rag_eval", "report"]
+    assert called(speedrun(shell, **options))[-4:] == ["rag_finetune", "rag_eval", "rag_eval", "report"]
     assert times(base) == [line.split("\t")[0] for line in before.splitlines()]
     assert (base / "times.tsv").read_text() != before
 
@@ -126,7 +126,11 @@ def test_a_stage_that_fails_stops_the_run_with_its_exit_code_and_the_next_run_go
     got = speedrun(shell, SPEEDRUN="smoke", STUB_BREAKS=1)
     assert got.code == 7 and "stopped in stage 'RAG SFT'" in got.err and called(got)[-1] == "rag_finetune"
     again = speedrun(shell, SPEEDRUN="smoke")
-    assert again.code == 0 and called(again)[-2:] == ["rag_eval", "report"] and "base_eval" not in called(again)
+    assert (
+        again.code == 0
+        and called(again)[-3:] == ["rag_eval", "rag_eval", "report"]
+        and "base_eval" not in called(again)
+    )
 
 
 def test_an_estimate_that_fails_stops_nothing(shell):
@@ -141,6 +145,7 @@ def test_only_eight_gpus_make_a_node(shell, machine, preset):
     assert got.code == 0 and f"preset {preset}," in got.out
     assert ("never been run" in got.out) == (preset == "node")
     assert (shell.home / ".cache" / "nanochat" / preset / "evals" / "rag_eval.json").exists()
+    assert (shell.home / ".cache" / "nanochat" / preset / "evals" / "rag_eval_handbooks.json").exists()
     several = any("torch.distributed.run" in line for line in got.log)
     assert several == (machine in ("2 0", "96 8"))  # one process drives one GPU; two share the cores
 

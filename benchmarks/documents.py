@@ -1,0 +1,72 @@
+"""How a model loses its way among documents: F1 against their number, for several models, a table and a plot.
+
+    python -m benchmarks.documents --model_tags gpt,mamba,cpu --knowledge_base KB --queries Q/val.jsonl --output F.json
+
+The gold document stands somewhere among the best distractors that the retriever finds; the same questions and the same
+documents for every model. `together`: all in one context, which grows beyond what the models were trained with; `each`:
+read one by one (nanochat/reader.py). The models are RAG checkpoints; docs/LOG.md says how those of its table came
+about. The runs are scripts.rag_eval's.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.common import report
+from nanochat.common import UserError
+from nanochat.config import run
+from scripts import rag_eval
+
+
+@dataclass
+class Config:
+    """Settings of the comparison."""
+
+    model_tags: str = ""  # RAG checkpoints, comma-separated
+    counts: str = "1,2,3,5,8,10,15"  # numbers of documents, comma-separated
+    read: str = "together,each"  # how they are read: together, each, or both
+    knowledge_base: str = ""  # folder of the knowledge base
+    queries: str = ""  # questions: a .jsonl file
+    max_examples: int = 200  # questions, the same for every number
+    context: int = 4096  # tokens of context
+    output: str = ""  # write the figures to this JSON file, and a plot beside it
+
+
+def main(config: Config) -> dict:
+    tags = [tag for tag in config.model_tags.split(",") if tag]
+    if not tags or not all(n.isdigit() and int(n) for n in config.counts.split(",")):
+        raise UserError("give --model_tags, e.g. gpt,mamba, and whole numbers as --counts")
+    rows = {}
+    for read in config.read.split(","):
+        for tag in tags:
+            for n in map(int, config.counts.split(",")):
+                asked = rag_eval.Config(
+                    model_tag=tag, read=read, top_k=n, rows="oracle_among", context=config.context,
+                    knowledge_base=config.knowledge_base, queries=config.queries, max_examples=config.max_examples,
+                )  # fmt: skip
+                found = rag_eval.main(asked)["rows"]["oracle_among"]
+                kept = ("n", "f1", "em", "over_abstention", "citation_precision", "tokens", "ttft_ms")
+                rows[f"{read} {tag} {n}"] = {key: found[key] for key in kept if key in found}
+    report(rows, vars(config), ("safetensors",), config.output)
+    if config.output:
+        plot(rows, config.output.removesuffix(".json") + ".png")
+    return rows
+
+
+def plot(rows: dict[str, dict[str, float]], path: str) -> None:
+    """F1 against the number of documents, a line for each model and way of reading."""
+    import matplotlib.pyplot as plt
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, row in rows.items():
+        read, tag, n = name.rsplit(" ", 2)[0], name.split(" ")[1], int(name.rsplit(" ", 1)[1])
+        lines.setdefault(f"{tag}, {read}", []).append((n, row["f1"]))
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, points in lines.items():
+        ax.plot(*zip(*points), marker="o", label=label)
+    ax.set(xlabel="documents", ylabel="F1", ylim=(0, 1))
+    ax.legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    run(main, Config)
