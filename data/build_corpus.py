@@ -23,7 +23,6 @@ MAX_CHARS = 3000
 SHARDS = 4
 VAL_SHARE = 0.03  # of groups of each source; about 1 MB in all
 WORDNET_CHARS = 8_000_000  # glosses are many and alike: keep those with example sentences, then fill up to here
-LIMITS = {"sotu": 2_000_000, "wordnet": 4_000_000}  # characters of a source that are kept for training
 RUST_BOOKS = ("book", "reference", "nomicon", "edition-guide")
 # Words that would be the only thing a reader remembers; a document with one is left out.
 UNWANTED = re.compile(
@@ -45,7 +44,6 @@ def write_corpus(scratch: Path, countries: list[Country], out: Path) -> None:
     seen = {t for t, _ in train}
     val = [row for row in dict.fromkeys(val) if row[0] not in seen]
     train.sort(key=lambda row: stable_key(row[0]))
-    train = list(within_limits(train))
     val.sort(key=lambda row: stable_key(row[0]))
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.parquet"):
@@ -60,15 +58,6 @@ def write_corpus(scratch: Path, countries: list[Country], out: Path) -> None:
             sizes[source] += len(text.encode())
         shares = ", ".join(f"{s} {n / 1e6:.2f}" for s, n in sizes.most_common())
         print(f"corpus {name}: {len(rows):,} documents, {sum(sizes.values()) / 1e6:.1f} MB of text ({shares})")
-
-
-def within_limits(rows: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The rows without what goes beyond a source's `LIMITS`: all of data/ has to stay small."""
-    taken = Counter()
-    for text, source in rows:
-        taken[source] += len(text)
-        if taken[source] <= LIMITS.get(source, taken[source]):
-            yield text, source
 
 
 def write_parquet(path: Path, rows: list[tuple[str, str]]) -> None:

@@ -5,19 +5,21 @@ command-line edge (`config.run`) turns it into one line and exit code 2.
 """
 
 import codecs
+import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -124,7 +126,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dict]:
-    """Yield the objects of a .jsonl file.
+    """Yield the objects of a .jsonl or .jsonl.gz file.
 
     Raises UserError, naming the line, if the file is missing, a line isn't a JSON object in UTF-8, or lacks a field
     of `required`. Blank lines are skipped, and so is a byte order mark before the first.
@@ -134,7 +136,7 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     with f:
-        for n, line in enumerate(f, 1):
+        for n, line in enumerate(_unzipped(f, path) if str(path).endswith(".gz") else f, 1):
             if n == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
@@ -149,6 +151,13 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
                 if key not in row:
                     raise UserError(f"{path}, line {n}: no field '{key}'")
             yield row
+
+
+def _unzipped(f: BinaryIO, path: str | Path) -> Iterator[bytes]:
+    try:
+        yield from gzip.GzipFile(fileobj=f)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is not a whole gzip file: {e}") from e
 
 
 def sha256_of(path: Path) -> str:

@@ -113,9 +113,9 @@ def stream_each(
     if abstains(engine, heard):
         return iter([ABSTENTION])
     views = [view for view, _ in heard]
-    if quote:  # a few words, and they are weighed before they are said
+    if quote and "words" in (engine.model.confidence or {}):  # they are few, and are weighed before they are said
         return iter([speak(engine, heard, answer_views(engine, views, len(views), max_tokens, **sampling), quote)])
-    pieces = engine.stream(views[0], max_tokens, abstain=engine.model.confidence is None, **sampling)
+    pieces = engine.stream(views[0], max_tokens, quote=quote, abstain=engine.model.confidence is None, **sampling)
 
     def play() -> Iterator[str]:
         said = ""

@@ -177,7 +177,7 @@ class Retriever:
         return [replace(doc, score=score, metadata=copy.deepcopy(doc.metadata)) for doc, (score, _) in zip(docs, found)]
 
     def compare(self, query: str, docs: Sequence[Document]) -> list[Document]:
-        """Copies of any documents, `similarity` to the query and `closest` set; where no vectors are compared, not set."""
+        """Copies of any documents with `similarity` and `closest` set; where no vectors are compared, unset."""
         return [replace(doc, similarity=None, closest=None) for doc in docs]
 
     def search(

@@ -10,7 +10,7 @@ from nanochat.checkpoint_manager import run_dir, save_checkpoint
 from nanochat.common import Dist
 from nanochat.config import run
 from nanochat.documents import Document
-from nanochat.engine import Engine
+from nanochat.engine import Completion, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag_utils import ABSTENTION
 from nanochat.reader import answer_each
@@ -100,8 +100,10 @@ def test_of_passages_that_disagree_the_newer_is_heard_first_and_the_other_one_to
             [doc] = conversation["messages"][0]["documents"]
             yield from (doc["content"].split()[-1], f" [{doc['number']}]")
 
-        def answer_batch(self, conversations, *args, **options):
-            return ["".join(self.stream(conversation)) for conversation in conversations]
+        def complete_batch(self, prompts, *args, **options):
+            told = [self.tokenizer.decode(ids).partition("<|doc_end|>")[0].rpartition(" [") for ids in prompts]
+            said = [f"{text.split()[-1]} [{text[0]}]" for _, _, text in told]
+            return [Completion(self.tokenizer.encode_text(text), [0.0]) for text in said]
 
     monkeypatch.setattr(chat_cli, "load_model", load_sure)
     monkeypatch.setattr(chat_cli, "Engine", Reads)

@@ -8,6 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat import common
+from nanochat.common import UserError
+from tasks.factbook import load_queries
+
 DATA = Path(__file__).parent.parent / "data"
 FACTBOOK = DATA / "factbook"
 SPLITS = ("train", "val", "test")
@@ -31,7 +35,7 @@ def countries() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def questions() -> dict[str, list[dict]]:
-    return {split: read_jsonl(FACTBOOK / "queries" / f"{split}.jsonl") for split in SPLITS}
+    return {split: load_queries(split) for split in SPLITS}
 
 
 def test_splits_are_disjoint_and_cover_all_countries_of_the_knowledge_base(countries, documents):
@@ -175,3 +179,17 @@ def test_everything_fits_in_25_megabytes_and_names_no_machine():
     for path in files:
         if path.suffix in {".py", ".md"}:
             assert not re.search(r"/(?:work|root|home)/", path.read_text()), path
+
+
+def test_a_compressed_file_is_read_like_any_other_and_a_cut_one_is_named(tmp_path):
+    whole = (FACTBOOK / "queries" / "train.jsonl.gz").read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz is not a whole gzip file"):
+        list(common.read_jsonl(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "not.jsonl.gz").write_text("{}")
+    with pytest.raises(UserError, match=r"not\.jsonl\.gz is not a whole gzip file"):
+        list(common.read_jsonl(tmp_path / "not.jsonl.gz"))
+
+
+def test_all_of_the_data_stays_small():
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 25e6
