@@ -313,15 +313,15 @@ def check_confidence(fitted: Any) -> dict | None:
     """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
     if fitted is None:
         return None
-    if isinstance(fitted, dict) and "words" not in fitted:  # it weighed other features of other contexts
+    if isinstance(fitted, dict) and "usual" not in fitted:  # it weighed other features of other contexts
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )
         return None
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {2} or 0 in out["scale"]:
-        raise ValueError("confidence needs two numbers of each kind")
-    return out | {name: float(fitted[name]) for name in ("bias", "beside", "words")}
+    if {len(v) for v in out.values()} != {4} or 0 in out["scale"]:
+        raise ValueError("confidence needs four numbers of each kind")
+    return out | {name: float(fitted[name]) for name in ("usual", "bias", "beside", "words")}
 
 
 def load_model(

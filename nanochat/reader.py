@@ -25,6 +25,12 @@ from nanochat.rag_utils import ABSTENTION, also_said
 from nanochat.tokenizer import check_conversation
 
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
+FEATURES = 4  # of a document: what `look` gives
+COMMON = set(  # words of questions that say nothing about who answers them
+    "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
+    "its know like long many me much my name of old on or please tell that the there this to was were what when where "
+    "which who whom whose why with would you".split()
+)
 
 
 def look(
@@ -37,10 +43,10 @@ def look(
 ) -> list[tuple[list[dict], np.ndarray]]:
     """Each conversation once for every document in it, and what speaks for answering from that one.
 
-    The latter is (documents, 2): the log-odds that the model answers rather than abstains when it reads this document
-    alone (abstains in all words: other answers begin with an "I", too); the document's similarity to the query (nan
-    where the retriever gave none). Its place among the others doesn't count. `known` remembers the model's part from
-    call to call.
+    The latter is (documents, FEATURES): the log-odds that the model answers rather than abstains when it reads this
+    document alone (abstains in all words: other answers begin with an "I", too); the document's similarity to the query
+    (nan where the retriever gave none); the shares of the question's names and of its words that the document has
+    (`shared_words`). Its place among the others doesn't count. `known` remembers the model's part from call to call.
     """
     views = [one_document_each(check_conversation(c)) for c in conversations]
     prompts = [engine.prompt(view, max_tokens) for v in views for view in v]
@@ -49,11 +55,26 @@ def look(
     known.update(zip(new, engine.score_batch(list(new.values()), engine.refusal, batch_size, progress)))
     abstains = np.array([known[key] for key in keys]).clip(max=-1e-6)
     odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
-    for v in views:
-        likeness = [d.get("similarity") for view in v for d in _documents(view)]
-        rows = [(next(odds), math.nan if x is None else x) for x in likeness]
-        found.append((v, np.array(rows).reshape(-1, 2)))
+    for v, conversation in zip(views, conversations):
+        question = conversation["messages"][-1].get("content", "")
+        docs = [doc if isinstance(doc, dict) else doc.shown() for doc in _documents(conversation)]
+        likeness = [math.nan if doc.get("similarity") is None else doc["similarity"] for doc in docs]
+        rows = [(next(odds), x, *shared_words(question, doc)) for x, doc in zip(likeness, docs)]
+        found.append((v, np.array(rows).reshape(-1, FEATURES)))
     return found
+
+
+def shared_words(question: str, doc: dict) -> tuple[float, float]:
+    """Which share of a question's names and numbers, and of all its words that say something, a document has in its
+    title or text; nan where the question has none.
+
+    A passage about another country may be as similar to a question as the right one, but hasn't the country's name.
+    """
+    words = re.findall(r"\w+(?:[.,]\d+)*", re.sub(r"['’]s\b", "", question))
+    names = {w.lower() for n, w in enumerate(words) if w[0].isdigit() or (n and w[0].isupper())} - COMMON
+    told = set(re.findall(r"\w+(?:[.,]\d+)*", f"{doc.get('title', '')} {doc['content']}".lower()))
+    share = lambda wanted: len(wanted & told) / len(wanted) if wanted else math.nan
+    return share(names), share({w.lower() for w in words} - COMMON)
 
 
 def focus(
@@ -151,30 +172,48 @@ def answer_each(
 
 
 def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
-    """`look`'s features (n, 2) -> (n,): above 0, answer. What the retriever didn't say counts as average.
-
-    `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
+    """`look`'s features of a question's documents (n, FEATURES) -> (n,): above 0, answer. What isn't known counts as
+    average. `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
     """
     if fitted is None or not len(features):
         return features[:, 0]
-    scaled = (features.clip(-20, 20) - np.array(fitted["mean"])) / np.array(fitted["scale"])
+    scaled = (_beside_others(features, fitted["usual"]) - np.array(fitted["mean"])) / np.array(fitted["scale"])
     return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"]
 
 
+def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
+    """`look`'s features with a document's similarity replaced by how far it is above the mean of the others'.
+
+    How similar a right passage is depends on the kind of text and on the question's wording, by how much it stands out
+    doesn't (docs/LOG.md). What is `usual` counts as half a document more, and is all there is beside one alone.
+    """
+    x = features.clip(-20, 20)
+    n = (~np.isnan(x[:, 1])).sum()
+    x[:, 1] -= (np.nansum(x[:, 1]) - x[:, 1] + usual / 2) / (n - 0.5)
+    return x
+
+
 def fit_confidence(
-    answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray], abstain: float = 0.86
+    answerable: Sequence[tuple[np.ndarray, np.ndarray]],
+    unanswerable: Sequence[Sequence[np.ndarray]],
+    abstain: float = 0.86,
 ) -> dict:
     """Weights for `confidence` from validation questions, each with its documents' features.
 
-    A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others; the bias is such that the share `abstain` of the unanswerable questions isn't answered.
+    A question that can be answered comes with a mask of the documents (n,) that do, those that can't in groups. A
+    logistic regression tells these documents from all others; the bias is such that of each group of unanswerable
+    questions at least the share `abstain` isn't answered.
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
     from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
 
-    x = np.concatenate([f for f, _ in answerable] + list(unanswerable)).clip(-20, 20)  # as `confidence` does
-    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
+    in_vain = [f for group in unanswerable for f in group]
+    seen = [f for f, _ in answerable] + in_vain
+    likeness = np.concatenate(seen)[:, 1]
+    usual = 0.0 if np.isnan(likeness).all() else float(np.nanmean(likeness))
+    x = np.concatenate([_beside_others(f, usual) for f in seen])
+    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in in_vain])
     known = ~np.isnan(x)
     count = known.sum(0).clip(1)
     mean = np.where(known, x, 0).sum(0) / count
@@ -182,8 +221,10 @@ def fit_confidence(
     scale = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
+    fitted["usual"] = usual
     scores = [(confidence(f, fitted), mask) for f, mask in answerable]
-    bias = -float(np.quantile([confidence(f, fitted).max() for f in unanswerable], abstain))
+    best = [[confidence(f, fitted).max() for f in group] for group in unanswerable]
+    bias = -max(float(np.quantile(scores, abstain)) for scores in best)
     others = [s[~mask].max() for s, mask in scores if not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 

@@ -20,8 +20,29 @@ from nanochat.reader import (
     focus,
     look,
     one_document_each,
+    shared_words,
     speak,
 )
+
+
+def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
+    """A confidence that is a document's similarity above the others'."""
+    shape = {"mean": [0.0] * 4, "scale": [1.0] * 4, "weights": [0.0, 1.0, 0.0, 0.0]}
+    return shape | {"usual": 0.0, "bias": bias, "beside": beside}
+
+
+@pytest.mark.parametrize(
+    ("question", "names", "words"),
+    [
+        ("What is the capital of Freedonia?", 1, 1),
+        ("What is the capital of Sylvania in 1933?", 0, 1 / 3),
+        ("what is freedonia's capital", None, 1),
+        ("Who is it?", None, None),
+    ],
+)
+def test_which_words_of_a_question_a_document_has(question, names, words):
+    found = shared_words(question, {"title": "Freedonia", "content": "Its capital is Oldtown."})
+    assert found == pytest.approx([math.nan if x is None else x for x in (names, words)], nan_ok=True)
 
 
 def words(engine, views) -> list[str]:
@@ -40,7 +61,7 @@ def test_who_is_not_sure_of_words_quotes_the_closest_sentence():
     heard = [(conversation("River?", "It is one. It is two."), 1.0), (conversation("River?", "two"), 0.5)]
     heard[0][0]["messages"][0]["documents"][0] |= {"closest": ["It is two.", "It is one."], "number": 4}
     said = [("one. [4]", -0.5), ("two. [5]", -0.1)]
-    fitted = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0, "beside": 0.2}
+    fitted = by_similarity()
     for least, quote, answer in (
         (-0.4, True, "It is two. [4]"),
         (-0.4, False, "one. [4] Or, by another document: two. [5]"),
@@ -95,9 +116,9 @@ def test_calibrated_it_abstains_where_the_confidence_is_too_low():
     for k, talk in enumerate(talks):  # the second document is the likelier one, in two of the talks likely enough
         for doc, similarity in zip(talk["messages"][0]["documents"], (0.1, k / 4 + 0.2)):
             doc["similarity"] = similarity
-    engine.model.confidence = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0, "beside": 9}
+    engine.model.confidence = by_similarity(bias=-0.5, beside=9)
     kept, scores = answer_each(engine, [*talks, conversation("Hi")], max_tokens=9)
-    assert scores == pytest.approx([-0.3, -0.05, 0.2, 0.45, math.inf])
+    assert scores == pytest.approx([*(k / 4 + 0.2 - 0.1 / 1.5 - 0.5 for k in range(4)), math.inf])
     chosen = [heard[0][0] for heard in focus(engine, talks, 9)]
     assert kept[:2] == [ABSTENTION] * 2 and kept[2:4] == words(engine, chosen[2:])
     assert ABSTENTION not in kept[2:]  # the last has no document: the model is asked
@@ -111,10 +132,11 @@ def test_what_the_retriever_thinks_may_decide():
         doc["similarity"] = similarity
     [(_, features)] = look(engine, [talk])
     assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    by = lambda *weights: {"mean": [0, 0.5], "scale": [1, 1], "weights": weights, "bias": 0.0, "beside": 9}
-    assert confidence(features, by(0, 1)) == pytest.approx([-0.4, 0, 0.4])  # unknown is average
-    for weights, number in (((0, 1), 3), ((0, -1), 1)):
-        engine.model.confidence = by(*weights)
+    by = lambda weight: by_similarity(beside=9) | {"weights": [0, weight, 0, 0]}
+    assert confidence(features, by(1)) == pytest.approx([0.1 - 0.9 / 1.5, 0, 0.9 - 0.1 / 1.5])  # unknown is average
+    assert confidence(features[:1], by(1) | {"usual": 0.3}) == pytest.approx([0.1 - 0.3])  # alone
+    for weight, number in ((1, 3), (-1, 1)):
+        engine.model.confidence = by(weight)
         [[(chosen, _)]] = focus(engine, [talk])
         assert [d["number"] for m in chosen["messages"] for d in m.get("documents", ())] == [number]
 
@@ -125,16 +147,17 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
     def documents(n, gold):
         """Features of which the first is noise, the second tells, and the third is unknown."""
         mask = np.arange(n) == gold
-        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, np.full(n, math.nan)], 1), mask
+        unknown = np.full(n, math.nan)
+        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, unknown, unknown], 1), mask
 
     known = [documents(4, i % 4) for i in range(60)]
     unknown = [documents(4, -1)[0] for _ in range(60)]
-    fitted = fit_confidence(known, unknown)
+    fitted = fit_confidence(known, [unknown])
     assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
     best = lambda f: confidence(f, fitted)
     assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
     assert np.mean([best(f).max() <= 0 for f in unknown]) == pytest.approx(0.86, abs=0.02)
-    strict = fit_confidence(known, unknown, abstain=1.0)
+    strict = fit_confidence(known, [unknown[:9], unknown], abstain=1.0)
     assert np.mean([confidence(f, strict).max() <= 1e-9 for f in unknown]) == 1
     assert fitted == json.loads(json.dumps(fitted))
 
@@ -186,17 +209,17 @@ def numbers(heard) -> list[int]:
 
 def test_other_documents_are_heard_if_they_are_as_sure_the_newest_first():
     engine = make_engine(sequence_len=256)
-    engine.model.confidence = {"mean": [0, 0.5], "scale": [1, 1], "weights": [0, 1], "bias": 0, "beside": 0.2}
+    engine.model.confidence = by_similarity(bias=-0.1, beside=0.03)
     talks = [
         sure(("one", 0.9, ""), ("two", 0.6, ""), ("three", 0.8, "")),
         sure(("one", 0.9, "2015"), ("two", 0.75, "2025-01"), ("three", 0.3, "2026")),
         sure(("one", 0.9, "2015"), ("two", 0.75, "")),
-        sure(("one", 0.1, "2015"), ("two", 0.2, "2016")),
-        sure(("one", 0.9, "31.31.2099"), ("two", 0.75, "2015"), ("three", 0.8, "2020-01")),
+        sure(("one", 0.1, "2015"), ("two", 0.12, "2016")),
+        sure(("one", 0.9, "31.31.2099"), ("two", 0.85, "2015"), ("three", 0.88, "2020-01")),
     ]
     assert [numbers(heard) for heard in focus(engine, talks)] == [[1, 3], [2, 1], [1, 2], [2], [3, 2, 1]]
     answers, scores = answer_each(engine, talks, max_tokens=9)
-    assert scores == pytest.approx([0.4, 0.4, 0.4, -0.3, 0.4]) and answers[3] == ABSTENTION
+    assert scores == pytest.approx([0.24, 0.38, 0.3, -0.14 / 3, 0.108]) and answers[3] == ABSTENTION
     for talk, answer in zip(talks[:3], answers):
         [heard] = focus(engine, [talk])
         first, second = words(engine, [view for view, _ in heard])
@@ -218,8 +241,8 @@ def test_what_was_read_once_is_not_read_again(monkeypatch):
 def test_wrong_documents_seldom_speak_beside_right_ones():
     rng = np.random.default_rng(1)
     mask = np.arange(4) == 0
-    known = [(np.stack([mask * 4 + rng.normal(size=4)] * 3, 1), mask) for _ in range(200)]
-    fitted = fit_confidence(known, [f[1:] for f, _ in known])
+    known = [(np.stack([mask * 4 + rng.normal(size=4)] * 4, 1), mask) for _ in range(200)]
+    fitted = fit_confidence(known, [[f[1:] for f, _ in known]])
     beside = [(confidence(f, fitted)[1:] > fitted["beside"]).any() for f, _ in known]
     assert np.mean(beside) == pytest.approx(1 - BESIDE, abs=0.005)
     assert np.mean([confidence(f, fitted)[0] > fitted["beside"] for f, _ in known]) > 0.7
