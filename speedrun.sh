@@ -156,7 +156,7 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
         python -m scripts.tok_eval --output "$out/evals/tok_eval.json"
     stage "knowledge base" "$data/conversations/val_rag.jsonl" data/factbook/knowledge_base/documents.jsonl \
         $run scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
-    stage handbooks "$books/conversations/val_rag.jsonl" data/handbooks/rules.txt \
+    stage handbooks "$books/conversations/val_rag.jsonl" "$(ls -t data/handbooks/*.txt | head -n 1)" \
         $run scripts.prepare_rag_dataset --mode handbooks --type $retriever --output "$books"
     stage pretraining base - $run scripts.base_train --model_tag $tag $common $base
     evaluate "base evaluation" base_eval base base_eval --model_tag $tag --data $text --max_examples $few

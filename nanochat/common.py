@@ -126,11 +126,13 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dict]:
-    """Yield the objects of a .jsonl or .jsonl.gz file.
+    """Yield the objects of a .jsonl or .jsonl.gz file; where only the latter exists, it is read for the former.
 
     Raises UserError, naming the line, if the file is missing, a line isn't a JSON object in UTF-8, or lacks a field
     of `required`. Blank lines are skipped, and so is a byte order mark before the first.
     """
+    if not Path(path).exists() and Path(f"{path}.gz").exists():
+        path = f"{path}.gz"
     try:
         f = open(path, "rb")
     except OSError as e:

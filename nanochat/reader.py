@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from nanochat.documents import tokenize
 from nanochat.engine import Engine
-from nanochat.rag_utils import ABSTENTION, also_said
+from nanochat.rag_utils import ABSTENTION, also_said, is_supported, strip_citations
 from nanochat.tokenizer import check_conversation
 
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
@@ -56,7 +57,7 @@ def look(
     abstains = np.array([known[key] for key in keys]).clip(max=-1e-6)
     odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
     for v, conversation in zip(views, conversations):
-        question = conversation["messages"][-1].get("content", "")
+        question = next((m["content"] for m in reversed(conversation["messages"]) if m["role"] == "user"), "")
         docs = [doc if isinstance(doc, dict) else doc.shown() for doc in _documents(conversation)]
         likeness = [math.nan if doc.get("similarity") is None else doc["similarity"] for doc in docs]
         rows = [(next(odds), x, *shared_words(question, doc)) for x, doc in zip(likeness, docs)]
@@ -70,11 +71,12 @@ def shared_words(question: str, doc: dict) -> tuple[float, float]:
 
     A passage about another country may be as similar to a question as the right one, but hasn't the country's name.
     """
-    words = re.findall(r"\w+(?:[.,]\d+)*", re.sub(r"['’]s\b", "", question))
-    names = {w.lower() for n, w in enumerate(words) if w[0].isdigit() or (n and w[0].isupper())} - COMMON
-    told = set(re.findall(r"\w+(?:[.,]\d+)*", f"{doc.get('title', '')} {doc['content']}".lower()))
+    question = re.sub(r"['’]s\b", "", question)
+    words = re.findall(r"\w+(?:[.,]\d+)*", question)  # as they are written; the first has a capital anyway
+    names = [w for n, w in enumerate(words) if w[0].isdigit() or (n and w[0].isupper() and not question.isupper())]
+    told = set(tokenize(f"{doc.get('title', '')} {doc['content']}"))
     share = lambda wanted: len(wanted & told) / len(wanted) if wanted else math.nan
-    return share(names), share({w.lower() for w in words} - COMMON)
+    return share(set(tokenize(" ".join(names))) - COMMON), share(set(tokenize(question)) - COMMON)
 
 
 def focus(
@@ -110,31 +112,36 @@ def answer_views(
     prompts = [engine.prompt(view, max_tokens) for view in views]
     options |= {"quote": quote, "abstain": engine.model.confidence is None}
     done = engine.complete_batch(prompts, batch_size, engine.room(max_tokens), **options)
-    return [(engine.text(c.ids), float(np.mean(c.logprobs))) for c in done]
+    return [(engine.text(c.ids), float(np.mean(c.logprobs)) if c.logprobs else -math.inf) for c in done]
 
 
 def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tuple[str, float]], quote: bool) -> str:
     """One answer from what the model says (`answer_views`) over the contexts that `focus` chose for a question.
 
-    Where the model is less sure of its words than calibration wants, the closest sentence is the answer, and further
-    documents aren't heard.
+    Where the model is less sure of its words than calibration wants, the first document's closest sentence is quoted
+    instead; of other documents only sure words are heard, and only if the sentence doesn't have them.
     """
-    least = (engine.model.confidence or {}).get("words", -math.inf) if quote else -math.inf
-    (answer, sure), doc = said[0], next(iter(_documents(heard[0][0])), {})
+    least = engine.model.confidence["words"] if quote and engine.model.confidence else -math.inf
+    (answer, sure), *others = said
+    [doc, *_] = [*_documents(heard[0][0]), {}]
+    others = [(words, date_of(view)) for (words, s), (view, _) in zip(others, heard[1:]) if s >= least]
     if sure < least and doc.get("closest"):
-        return f"{doc['closest'][0].rstrip('.')}. [{doc['number']}]"
-    dates = [date_of(view) for view, _ in heard]
-    return answer + also_said((answer, dates[0]), [(a, d) for (a, s), d in zip(said[1:], dates[1:]) if s >= least])
+        sentence = " ".join(doc["closest"][0].split())
+        others = [o for o in others if not is_supported(strip_citations(o[0]), [{"title": "", "content": sentence}])]
+        answer = sentence + ("" if re.search(r"[.?!…]\W*$", sentence) else ".") + f" [{doc['number']}]"
+    return answer + also_said((answer, date_of(heard[0][0])), others)
 
 
 def stream_each(
     engine: Engine, heard: Sequence[tuple[dict, float]], max_tokens: int = 256, quote: bool = True, **sampling
 ) -> Iterator[str]:
-    """The answer of what `focus` chose, in pieces as they come, and then what other documents add to it."""
+    """The answer of what `focus` chose, and then what other documents add to it: in pieces as they come, or at once
+    where a calibrated model weighs its words before they are said.
+    """
     if abstains(engine, heard):
         return iter([ABSTENTION])
     views = [view for view, _ in heard]
-    if quote and "words" in (engine.model.confidence or {}):  # they are few, and are weighed before they are said
+    if quote and engine.model.confidence:
         return iter([speak(engine, heard, answer_views(engine, views, len(views), max_tokens, **sampling), quote)])
     pieces = engine.stream(views[0], max_tokens, quote=quote, abstain=engine.model.confidence is None, **sampling)
 
@@ -236,6 +243,7 @@ def fit_words(sure: Sequence[float], right: Sequence[bool]) -> float:
     """
     from sklearn.linear_model import LogisticRegression
 
+    sure, right = zip(*((s, ok) for s, ok in zip(sure, right) if math.isfinite(s)))
     if len(set(right)) < 2:
         return -1000.0 if all(right) else 0.0
     model = LogisticRegression(C=1e3).fit(np.array(sure)[:, None], np.array(right))

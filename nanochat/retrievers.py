@@ -476,26 +476,30 @@ class DenseRetriever(Retriever):
         [vector] = self._encode([valid_unicode(query[:MAX_QUERY_CHARS])])
         found = []
         for doc in docs:
-            likeness = self._sentences(doc) @ vector
-            told = list(islice(sentences(doc.content), MAX_SENTENCES)) or [doc.content]
-            closest = [told[i] for i in np.argsort(-likeness, kind="stable")[:CLOSEST]]
+            told, vectors = self._sentences(doc)
+            likeness = vectors @ vector
+            closest = [told[i] for i in np.argsort(-likeness, kind="stable")[:CLOSEST]] if told else None
             found.append(replace(doc, similarity=float(likeness.max()), closest=closest))
         return found
 
-    def _sentences(self, doc: Document) -> np.ndarray:
-        """The vectors (sentences, dims) of a document's first sentences, the title before each.
+    def _sentences(self, doc: Document) -> tuple[list[str], np.ndarray]:
+        """A document's sentences and the vectors (sentences, dims) of each with the title before it.
 
+        Of a document of more than MAX_SENTENCES, the vectors of the first and no sentence: it is to be read as a whole.
         A document is a batch of its own: what else is compared then can't change the last bits of its vectors.
         """
         with self.lock:
-            if doc.text not in self.known_sentences:
-                texts = [f"{doc.title}\n{sentence}" for sentence in islice(sentences(doc.content), MAX_SENTENCES)]
-                self.known_sentences[doc.text] = self.encoder.encode_together(texts or [doc.text])
-                self.n_sentences += len(self.known_sentences[doc.text])
+            key = doc.title, doc.content
+            if key not in self.known_sentences:
+                told = list(islice(sentences(doc.content), MAX_SENTENCES + 1))
+                texts = [f"{doc.title}\n{sentence}" for sentence in told[:MAX_SENTENCES]]
+                vectors = self.encoder.encode_together(texts or [doc.text])
+                self.known_sentences[key] = told if len(told) <= MAX_SENTENCES else [], vectors
+                self.n_sentences += len(vectors)
                 while self.n_sentences > REMEMBERED_SENTENCES and len(self.known_sentences) > 1:
-                    self.n_sentences -= len(self.known_sentences.popitem(last=False)[1])
-            self.known_sentences.move_to_end(doc.text)
-            return self.known_sentences[doc.text]
+                    self.n_sentences -= len(self.known_sentences.popitem(last=False)[1][1])
+            self.known_sentences.move_to_end(key)
+            return self.known_sentences[key]
 
 
 class HybridRetriever(Retriever):

@@ -63,8 +63,8 @@ def main(config: Config) -> dict[str, float]:
     fixed = RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1)
     unseen = RAGTask(single, documents, fixed)
     others = load_handbooks("val")
-    unread = [r for r in others.queries if r["type"] == "single"]
-    unread = RAGTask(unread, others.documents, replace(fixed, sentences=2))
+    asked = [r for r in others.queries if r["type"] == "single"]
+    unread = RAGTask(asked, others.documents, replace(fixed, sentences=2))
     books = load_handbooks("train")
     streams = {
         "text": TextStream(load_texts(config.data, "train"), tokenizer, seed + 1),

@@ -32,7 +32,6 @@ from nanochat.config import run
 from nanochat.documents import Document, read_documents
 from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import SimpleRetriever, build_kb, kb_info
-from tasks.factbook import queries_file
 from tasks.handbooks import load_handbooks
 
 SYSTEM = "You are a helpful assistant. Answer from the documents and cite them."
@@ -71,7 +70,7 @@ def main(config: Config) -> None:
     else:
         source = DATA / "factbook" / "knowledge_base" / "documents.jsonl"
         documents, built_from = read_documents(source), sha256_of(source)
-        queries = {s: list(read_jsonl(queries_file(s), FIELDS)) for s in SPLITS}
+        queries = {s: list(read_jsonl(DATA / "factbook" / "queries" / f"{s}.jsonl", FIELDS)) for s in SPLITS}
 
     # 2. the knowledge base, unless it is there
     kb = output / "knowledge_base"

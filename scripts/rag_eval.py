@@ -24,9 +24,9 @@ Every row asks questions of `--queries` in another setting:
 
 With `--read each` (the default) every document is read alone and the answer comes from the one that speaks most for
 itself (nanochat/reader.py). How the model's odds and the retriever's opinion are weighed, and from where on it is
-better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint; of several files (commas
-between them), one that has a knowledge base of its own, Q/../knowledge_base, is asked of that. With `--read together`
-all stand in one context, as they always do in `two_hop` and `retrieved_together`.
+better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint; it takes several files
+(commas between them), and one that has a knowledge base of its own, Q/../knowledge_base, is asked of that. With
+`--read together` all stand in one context, as they always do in `two_hop` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in it
@@ -34,7 +34,8 @@ those of the answer without its citations, the best over accepted variants, cont
 contradictory_undated both sides, half each. hallucination: answered, and no shown document holds the
 answer. Citation precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and
 could be; a single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question
-and documents to the first token of the answer, ten asked one at a time; tokens: what the model reads for them, on
+and documents to the first token of the answer (to all of it where a calibrated model weighs its words before it
+speaks), ten asked one at a time; tokens: what the model reads for them, on
 average. With `--quote true` an answer is always some document's words, so that hallucination says little: look at f1.
 Intervals are 95 % bootstrap.
 """
@@ -335,7 +336,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
                 f"--calibrate {path} has questions that --queries has, too; give it the validation questions"
             )
         own = Path(path).parent.parent / "knowledge_base"
-        other = own.exists() and own.resolve() != Path(config.knowledge_base).resolve()
+        other = (own / "kb.json").exists() and own.resolve() != Path(config.knowledge_base).resolve()
         of = RetrievalManager(manager.retriever_type, own, cached=True) if other else manager
         there, gone, views = calibration_features(engine, of, config, rows, path)
         answerable, unanswerable, asked = answerable + there, [*unanswerable, gone], asked + views

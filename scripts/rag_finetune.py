@@ -88,7 +88,7 @@ def main(config: Config) -> dict[str, float]:
     # 3. Data
     found = retrieve_all(manager, train_rows)
     shares = (config.absent, config.paired, config.counterfactual)
-    whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k, reword=config.reword)
+    whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k, reword=config.reword, careless=0.1)
     one = replace(whole, max_docs=1, sentences=3)
     easier = replace(one, absent=0.15, paired=0.1)  # prose of all kinds is hard enough
     short = replace(whole, min_docs=min(2, config.top_k), sentences=3)

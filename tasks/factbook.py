@@ -23,7 +23,7 @@ def load_documents(path: str | Path = FACTBOOK / "knowledge_base" / "documents.j
 def load_queries(path: str | Path) -> list[dict]:
     """Questions in the format of docs/formats.md. `path` may be 'train', 'val' or 'test' for the factbook's."""
     if str(path) in ("train", "val", "test"):
-        path = queries_file(str(path))
+        path = FACTBOOK / "queries" / f"{path}.jsonl"
     rows = []
     for n, row in enumerate(read_jsonl(path, required=("id", "query", "answer")), 1):
         row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": "single", "paraphrases": [], **row}
@@ -38,11 +38,6 @@ def load_queries(path: str | Path) -> list[dict]:
     if not rows:
         raise UserError(f"{path} holds no question")
     return rows
-
-
-def queries_file(split: str) -> Path:
-    """Where the factbook's questions of a split are. Those for training are compressed: all of data/ stays small."""
-    return FACTBOOK / "queries" / (f"{split}.jsonl" + (".gz" if split == "train" else ""))
 
 
 class FactbookQA(Task):

@@ -54,10 +54,14 @@ def load_handbooks(split: str = "train", folder: str | Path = DATA / "handbooks"
     queries: list[dict] = []
     for path in sorted(Path(folder).glob("*.txt")):
         book, chosen, doc, row = "", False, {}, {}
-        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path} is not text in UTF-8: {e.reason}") from e
+        for n, line in enumerate(lines, 1):
             key, _, text = line.partition(" ")
             if key == "===":
-                book, chosen = text, crc32(f"book {text}".encode()) % 10 in SPLITS[split]
+                book, chosen, doc, row = text, crc32(f"book {text}".encode()) % 10 in SPLITS[split], {}, {}
             elif not chosen or not line:
                 continue
             elif key == "---":
@@ -68,14 +72,16 @@ def load_handbooks(split: str = "train", folder: str | Path = DATA / "handbooks"
                     "source": book,
                     "split": split,
                 }
+                if doc["id"] in documents:
+                    raise UserError(f"{path}, line {n}: this handbook has another document of this title")
                 documents[doc["id"]] = doc
-            elif key in ("Q:", "N:", "H:"):
+            elif doc and key in ("Q:", "N:", "H:"):
                 asked = text.split(" || ")
                 row = {"id": f"{doc['id']}-{n}", "query": asked[0], "paraphrases": asked[1:], "relation": book}
                 row |= {"answer": ABSTENTION, "answers": [ABSTENTION], "positive_ids": [], "about_ids": [doc["id"]]}
                 row |= {"hops": 1, "type": "unanswerable"}
-                if key == "Q:":
-                    row |= {"positive_ids": [doc["id"]], "type": "single"}
+                if key != "N:":
+                    row |= {"positive_ids": [doc["id"]] if key == "Q:" else [], "type": "single"}
                 queries.append(row)
             elif key == "A:" and row:
                 row["answer"], row["answers"] = text.split(" || ")[0], text.split(" || ")
@@ -88,6 +94,11 @@ def load_handbooks(split: str = "train", folder: str | Path = DATA / "handbooks"
                 raise UserError(f"{path}, line {n}: neither a title, a text, a question nor an answer")
     if not documents:
         raise UserError(f"{folder} has no handbook of the split {split}")
+    for row in queries:
+        known = row["type"] != "unanswerable"
+        given = {row["answer"] != ABSTENTION, bool(row["positive_ids"])}
+        if given != {known} or not all(p in documents for p in row["about_ids"]):
+            raise UserError(f"{folder}: {row['query']!r} lacks its answer, or names a title that isn't there")
     return Handbooks(documents, queries)
 
 
@@ -105,23 +116,31 @@ class HandbookTask(RAGTask):
 
 
 def disguise(text: str, rng: random.Random):
-    """A function that replaces the names and numbers of `text` by others, wherever they stand: each always by the same.
+    """A function that replaces the names and numbers of `text` by others, wherever they stand: each always by the same,
+    and no two by one (but among single digits, of which there are few).
 
-    Names are words with a capital where no sentence begins; numbers keep their length and form, years their century.
+    Names are words with a capital where no sentence begins, and nowhere without it; numbers keep their length and first
+    digit, years their century.
     """
-    names = set(re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b", text)) - NAMES_KEPT
-    new = {name: invent_name(rng).split()[0] for name in names}
-    for number in set(re.findall(r"\d+", text)):
-        digits = [c if k == 0 and len(number) > 1 else str(rng.randint(k == 0, 9)) for k, c in enumerate(number)]
-        if len(number) == 4 and number[:2] in ("17", "18", "19", "20"):
-            digits[1] = number[1]
-        new[number] = "".join(digits)
+    names = dict.fromkeys(re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b", text))
+    names = [name for name in names if name not in NAMES_KEPT and not re.search(rf"\b{name.lower()}\b", text)]
+    new: dict[str, str] = {}
+    for old in [*names, *dict.fromkeys(re.findall(r"\d+", text))]:
+        for _ in range(30):
+            new[old] = invent_name(rng).split()[0] if old in names else _number(old, rng)
+            if list(new.values()).count(new[old]) == 1:
+                break
     if not new:
         return lambda text: text
     some = re.compile(
         r"(?<![A-Za-z\d])(?:" + "|".join(map(re.escape, sorted(new, key=len, reverse=True))) + r")(?![A-Za-z\d])"
     )
     return lambda text: some.sub(lambda found: new[found.group()], text)
+
+
+def _number(old: str, rng: random.Random) -> str:
+    kept = 2 if re.match(r"(17|18|19|20)..$", old) else min(1, len(old) - 1)
+    return old[:kept] + "".join(str(rng.randint(not k + kept, 9)) for k in range(len(old) - kept))
 
 
 @dataclass

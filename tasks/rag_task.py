@@ -42,6 +42,7 @@ class RAGMix:
     min_docs: int = 1  # documents in the context, at least
     max_docs: int = 5  # and at most
     reword: float = 0.0  # questions in a wording that no question file has
+    careless: float = 0.0  # questions as they are typed in a hurry
     sentences: int = 0  # documents are cut to one to so many sentences, the first answer's included (0: whole)
 
 
@@ -79,8 +80,9 @@ class RAGTask(Task):
             if row["hops"] == 1 and row["positive_ids"]:
                 self.by_relation.setdefault(row.get("relation", ""), []).append(row)
                 self.rows_of_country.setdefault(row.get("country", ""), []).append(row)
-            for p in row["positive_ids"] or row.get("about_ids", []) if row["hops"] == 1 else []:
-                self.by_doc.setdefault(p, []).append(row)
+            if row["hops"] == 1:
+                for p in row["positive_ids"] or self._about(row):
+                    self.by_doc.setdefault(p, []).append(row)
         for i in self.ids:
             self.by_country.setdefault(documents[i].get("country", ""), []).append(i)
 
@@ -91,8 +93,11 @@ class RAGTask(Task):
         rng, mix, row = random.Random(f"{self.seed}/{self.epoch}/{i}"), self.mix, self.rows[i]
         absent = not row["positive_ids"] or rng.random() < mix.absent
         n_docs = rng.randint(mix.min_docs, mix.max_docs)
-        gold = row.get("about_ids", []) if not row["positive_ids"] else [] if absent else self._gold(row, rng)
-        ids = gold + self._distractors(row, max(0, n_docs - len(gold)), rng)
+        gold = [] if absent else self._gold(row, rng)
+        if not row["positive_ids"]:
+            gold = self._about(row)
+        known = row | {"positive_ids": [*row["positive_ids"], *gold]}
+        ids = gold + self._distractors(known, max(0, n_docs - len(gold)), rng)
         rng.shuffle(ids)
         shown = self._show(ids)
 
@@ -104,16 +109,17 @@ class RAGTask(Task):
             for doc in shown:
                 needed = doc["id"] in row["positive_ids"]
                 if not needed or row["hops"] == 1:  # of two documents, who leads to whom may be anywhere
-                    doc["content"] = shorten(doc["content"], [row["answer"]] * needed, n, rng)
+                    short = shorten(doc["content"], [row["answer"]] if needed else [], n, rng)
+                    doc["cut"], doc["content"] = short != doc["content"], short
             # questions to what was cut away are near misses now; most are left out
             lost = lambda q: {*q["positive_ids"]} & {*ids} and not self._answer(q, shown)[1]
-            questions = [q for q in questions if not lost(q) or rng.random() < mix.absent]
+            questions = [row] + [q for q in questions[1:] if not lost(q) or rng.random() < mix.absent]
         if len(shown) == 1:  # any number may stand at a document read alone (reader.py)
             shown[0]["number"] = rng.randint(1, 9)
         turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
-        turns = [(careless(query, rng) if rng.random() < mix.reword / 4 else query, *rest) for query, *rest in turns]
+        turns = [(careless(query, rng) if rng.random() < mix.careless else query, *rest) for query, *rest in turns]
         return self._conversation(row, [(turns[0][0], shown)], turns)
 
     def _show(self, ids: Sequence[str]) -> list[dict]:
@@ -139,6 +145,10 @@ class RAGTask(Task):
     def _wording(self, row: dict, rng: random.Random) -> str:
         query = rng.choice([row["query"], *row["paraphrases"]])
         return reword(query, row.get("country", ""), rng) if rng.random() < self.mix.reword else query
+
+    def _about(self, row: dict) -> list[str]:
+        """The documents that a question which nothing answers is about."""
+        return [p for p in row.get("about_ids", []) if p in self.allowed]
 
     def _gold(self, row: dict, rng: random.Random) -> list[str]:
         """All documents of a two-hop question, one of those that answer a single-hop one."""
@@ -192,10 +202,8 @@ class RAGTask(Task):
     def _answer(self, row: dict, shown: list[dict]) -> tuple[str, list[int]]:
         """The right answer to `row` over the documents shown, and the numbers it cites."""
         numbers = {doc["id"]: doc.get("number", n) for n, doc in enumerate(shown, 1)}
-        here = [p for p in row["positive_ids"] if p in numbers]
-        if self.mix.sentences and row["hops"] == 1:
-            told = whole_word(row["answer"])
-            here = [doc["id"] for doc in shown if doc["id"] in here and told.search(doc["content"])]
+        gone = {d["id"] for d in shown if d.get("cut") and not any(is_supported(a, [d]) for a in row["answers"])}
+        here = [p for p in row["positive_ids"] if p in numbers and p not in gone]
         if not here or (row["hops"] > 1 and len(here) < len(row["positive_ids"])):
             return ABSTENTION, []
         cited = here if row["hops"] > 1 else here[:1]
@@ -295,8 +303,8 @@ class MultiHopRAGTask(RAGTask):
 def shorten(text: str, answers: Sequence[str], n: int, rng: random.Random) -> str:
     """At most `n` sentences of the text, in order: those that hold one of the answers, then any others."""
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text)
-    if any(a in text and not any(a in s for s in sentences) for a in answers):
-        return text  # an answer runs over a boundary, "St. John's" say
+    if any(not any(a in s for s in sentences) for a in answers):
+        return text  # an answer runs over a boundary, "St. John's" say, or is told in other words
     needed = [i for i, s in enumerate(sentences) if any(a in s for a in answers)]
     others = [i for i in range(len(sentences)) if i not in needed]
     extra = rng.sample(others, min(len(others), max(0, n - len(needed))))

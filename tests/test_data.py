@@ -189,7 +189,3 @@ def test_a_compressed_file_is_read_like_any_other_and_a_cut_one_is_named(tmp_pat
     (tmp_path / "not.jsonl.gz").write_text("{}")
     with pytest.raises(UserError, match=r"not\.jsonl\.gz is not a whole gzip file"):
         list(common.read_jsonl(tmp_path / "not.jsonl.gz"))
-
-
-def test_all_of_the_data_stays_small():
-    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 25e6

@@ -28,7 +28,7 @@ from nanochat.reader import (
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
     shape = {"mean": [0.0] * 4, "scale": [1.0] * 4, "weights": [0.0, 1.0, 0.0, 0.0]}
-    return shape | {"usual": 0.0, "bias": bias, "beside": beside}
+    return shape | {"usual": 0.0, "bias": bias, "beside": beside, "words": -1000.0}
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,17 @@ def test_who_is_not_sure_of_words_quotes_the_closest_sentence():
     said = [("one. [4]", -0.5), ("two. [5]", -0.1)]
     fitted = by_similarity()
     for least, quote, answer in (
-        (-0.4, True, "It is two. [4]"),
+        (-0.4, True, "It is two. [4]"),  # which says what the other document says
         (-0.4, False, "one. [4] Or, by another document: two. [5]"),
         (-0.6, True, "one. [4] Or, by another document: two. [5]"),
     ):
         engine.model.confidence = fitted | {"words": least}
         assert speak(engine, heard, said, quote) == answer
     engine.model.confidence = fitted | {"words": -0.4}
+    assert (
+        speak(engine, heard, [said[0], ("six. [5]", -0.1)], True) == "It is two. [4] Or, by another document: six. [5]"
+    )
+    assert speak(engine, heard, [said[0], ("six. [5]", -0.5)], True) == "It is two. [4]"
     assert speak(engine, heard[::-1], said[::-1], True) == "two. [5]"  # others are heard if they are sure
     assert speak(engine, heard[1:], [("one", -9.0)], True) == "one"  # there is no closest sentence
 
