@@ -4,11 +4,12 @@
 
 The gold document stands somewhere among the best distractors that the retriever finds; the same questions and the same
 documents for every model. `together`: all in one context, which grows beyond what the models were trained with; `each`:
-read one by one (nanochat/reader.py). The models are RAG checkpoints; docs/LOG.md says how those of its table came
-about. The runs are scripts.rag_eval's.
+read one by one (nanochat/reader.py), where a calibrated model abstains more than one that isn't. The models are RAG
+checkpoints; scripts.rag_eval asks and judges.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 from benchmarks.common import report
 from nanochat.common import UserError
@@ -31,33 +32,38 @@ class Config:
 
 
 def main(config: Config) -> dict:
-    tags = [tag for tag in config.model_tags.split(",") if tag]
-    if not tags or not all(n.isdigit() and int(n) for n in config.counts.split(",")):
-        raise UserError("give --model_tags, e.g. gpt,mamba, and whole numbers as --counts")
-    rows = {}
-    for read in config.read.split(","):
-        for tag in tags:
-            for n in map(int, config.counts.split(",")):
-                asked = rag_eval.Config(
-                    model_tag=tag, read=read, top_k=n, rows="oracle_among", context=config.context,
-                    knowledge_base=config.knowledge_base, queries=config.queries, max_examples=config.max_examples,
-                )  # fmt: skip
-                found = rag_eval.main(asked)["rows"]["oracle_among"]
-                kept = ("n", "f1", "em", "over_abstention", "citation_precision", "tokens", "ttft_ms")
-                rows[f"{read} {tag} {n}"] = {key: found[key] for key in kept if key in found}
+    tags, reads = ([x for x in text.split(",") if x] for text in (config.model_tags, config.read))
+    try:
+        counts = [int(n) for n in config.counts.split(",")]
+    except ValueError:
+        counts = [0]
+    if not tags or min(counts) < 1 or not reads or not set(reads) <= {"together", "each"}:
+        raise UserError("give --model_tags gpt,mamba, whole numbers from 1 as --counts, and --read together,each")
+    table = {}
+    for read, tag, n in product(reads, tags, counts):
+        asked = rag_eval.Config(
+            model_tag=tag, read=read, top_k=n, rows="oracle_among", context=config.context,
+            knowledge_base=config.knowledge_base, queries=config.queries, max_examples=config.max_examples,
+        )  # fmt: skip
+        found = rag_eval.main(asked)["rows"]["oracle_among"]
+        kept = ("n", "f1", "em", "over_abstention", "citation_precision", "tokens", "ttft_ms")
+        table[read, tag, n] = {key: found[key] for key in kept if key in found}
+    rows = {f"{tag}, {read}, {n}": row for (read, tag, n), row in table.items()}
     report(rows, vars(config), ("safetensors",), config.output)
     if config.output:
-        plot(rows, config.output.removesuffix(".json") + ".png")
+        plot(table, config.output.removesuffix(".json") + ".png")
     return rows
 
 
-def plot(rows: dict[str, dict[str, float]], path: str) -> None:
+def plot(table: dict[tuple[str, str, int], dict[str, float]], path: str) -> None:
     """F1 against the number of documents, a line for each model and way of reading."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines: dict[str, list[tuple[int, float]]] = {}
-    for name, row in rows.items():
-        read, tag, n = name.rsplit(" ", 2)[0], name.split(" ")[1], int(name.rsplit(" ", 1)[1])
+    for (read, tag, n), row in table.items():
         lines.setdefault(f"{tag}, {read}", []).append((n, row["f1"]))
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, points in lines.items():
