@@ -323,7 +323,10 @@ def check_confidence(fitted: Any) -> dict | None:
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
     if {len(v) for v in out.values()} != {4} or 0 in out["scale"]:
         raise ValueError("confidence needs four numbers of each kind")
-    return out | {name: float(fitted[name]) for name in ("usual", "bias", "beside", "words")}
+    out["words"] = [float(v) for v in fitted["words"]]
+    if len(out["words"]) != 3:
+        raise ValueError("confidence needs three numbers for words")
+    return out | {name: float(fitted[name]) for name in ("usual", "bias", "beside")}
 
 
 def load_model(

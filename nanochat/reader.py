@@ -121,11 +121,12 @@ def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tu
     Where the model is less sure of its words than calibration wants, the first document's closest sentence is quoted
     instead; of other documents only sure words are heard, and only if the sentence doesn't have them.
     """
-    least = engine.model.confidence["words"] if quote and engine.model.confidence else -math.inf
-    (answer, sure), *others = said
-    [doc, *_] = [*_documents(heard[0][0]), {}]
-    others = [(words, date_of(view)) for (words, s), (view, _) in zip(others, heard[1:]) if s >= least]
-    if sure < least and doc.get("closest"):
+    weights = engine.model.confidence["words"] if quote and engine.model.confidence else (0.0, 0.0, 1.0)
+    known = [(max(logprob, -1e6), min(score, 1e6), 1.0) for (_, logprob), (_, score) in zip(said, heard)]
+    sure = [np.dot(weights, one) > 0 for one in known]
+    answer, [doc, *_] = said[0][0], [*_documents(heard[0][0]), {}]
+    others = [(a, date_of(view)) for (a, _), (view, _), ok in zip(said[1:], heard[1:], sure[1:]) if ok]
+    if not sure[0] and doc.get("closest"):
         sentence = " ".join(doc["closest"][0].split())
         others = [o for o in others if not is_supported(strip_citations(o[0]), [{"title": "", "content": sentence}])]
         answer = sentence + ("" if re.search(r"[.?!…]\W*$", sentence) else ".") + f" [{doc['number']}]"
@@ -217,10 +218,10 @@ def fit_confidence(
 
     in_vain = [f for group in unanswerable for f in group]
     seen = [f for f, _ in answerable] + in_vain
-    likeness = np.concatenate(seen)[:, 1]
+    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in in_vain])
+    likeness = np.concatenate(seen)[~y, 1]
     usual = 0.0 if np.isnan(likeness).all() else float(np.nanmean(likeness))
     x = np.concatenate([_beside_others(f, usual) for f in seen])
-    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in in_vain])
     known = ~np.isnan(x)
     count = known.sum(0).clip(1)
     mean = np.where(known, x, 0).sum(0) / count
@@ -236,19 +237,17 @@ def fit_confidence(
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 
 
-def fit_words(sure: Sequence[float], right: Sequence[bool]) -> float:
-    """How sure of its words (`answer_views`) the model has to be: from there on, more answers are right than wrong.
-
-    From validation questions; -1000 if all of theirs were right, 0 if none was.
+def fit_words(sure: Sequence[tuple[float, float]], right: Sequence[bool]) -> list[float]:
+    """Weights of the words' mean log-probability (`answer_views`) and of the confidence in their document, and a bias:
+    where they add up to more than 0, more answers are right than wrong. From answers to validation questions.
     """
     from sklearn.linear_model import LogisticRegression
 
-    sure, right = zip(*((s, ok) for s, ok in zip(sure, right) if math.isfinite(s)))
-    if len(set(right)) < 2:
-        return -1000.0 if all(right) else 0.0
-    model = LogisticRegression(C=1e3).fit(np.array(sure)[:, None], np.array(right))
-    slope, shift = float(model.coef_[0, 0]), float(model.intercept_[0])
-    return -shift / slope if slope > 0 else (-1000.0 if np.mean(right) > 0.5 else 0.0)
+    known = [(x, ok) for x, ok in zip(sure, right) if np.isfinite(x).all()]
+    if len({ok for _, ok in known}) < 2:
+        return [0.0, 0.0, 1.0 if all(ok for _, ok in known) else -1.0]
+    model = LogisticRegression(C=1e3).fit(*map(np.array, zip(*known)))
+    return [*map(float, model.coef_[0]), float(model.intercept_[0])]
 
 
 def one_document_each(conversation: dict) -> list[dict]:

@@ -342,12 +342,14 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         answerable, unanswerable, asked = answerable + there, [*unanswerable, gone], asked + views
     fitted = fit_confidence(answerable, unanswerable, config.abstain)
     # and with the documents that these weights choose, how sure of its words the model has to be
-    best = [views[confidence(f, fitted).argmax()] for (f, _), (_, views) in zip(answerable, asked)]
+    scores = [confidence(f, fitted) for f, _ in answerable]
+    best = [views[s.argmax()] for s, (_, views) in zip(scores, asked)]
     engine.model.confidence = fitted  # from here on, abstaining is not the model's affair
     speak = lambda part: answer_views(engine, part, config.batch_size, config.max_tokens, progress=is_main())
     said = over_ranks(speak, best)
     right = [answer_f1(main_answer(answer), r["answers"]) > 0.5 for (answer, _), (r, _) in zip(said, asked)]
-    return fitted | {"words": fit_words([sure for _, sure in said], right)}
+    sure = [(logprob, float(s.max())) for (_, logprob), s in zip(said, scores)]
+    return fitted | {"words": fit_words(sure, right)}
 
 
 def calibration_features(

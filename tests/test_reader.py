@@ -28,7 +28,7 @@ from nanochat.reader import (
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
     shape = {"mean": [0.0] * 4, "scale": [1.0] * 4, "weights": [0.0, 1.0, 0.0, 0.0]}
-    return shape | {"usual": 0.0, "bias": bias, "beside": beside, "words": -1000.0}
+    return shape | {"usual": 0.0, "bias": bias, "beside": beside, "words": [0.0, 0.0, 1.0]}
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,15 @@ def test_who_is_not_sure_of_words_quotes_the_closest_sentence():
     heard[0][0]["messages"][0]["documents"][0] |= {"closest": ["It is two.", "It is one."], "number": 4}
     said = [("one. [4]", -0.5), ("two. [5]", -0.1)]
     fitted = by_similarity()
-    for least, quote, answer in (
-        (-0.4, True, "It is two. [4]"),  # which says what the other document says
-        (-0.4, False, "one. [4] Or, by another document: two. [5]"),
-        (-0.6, True, "one. [4] Or, by another document: two. [5]"),
+    for words, quote, answer in (
+        ([1.0, 0.0, 0.4], True, "It is two. [4]"),  # which says what the other document says
+        ([1.0, 0.0, 0.4], False, "one. [4] Or, by another document: two. [5]"),
+        ([1.0, 0.0, 0.6], True, "one. [4] Or, by another document: two. [5]"),
+        ([0.0, 1.0, -0.6], True, "one. [4]"),  # the confidence in the other document is too low
     ):
-        engine.model.confidence = fitted | {"words": least}
+        engine.model.confidence = fitted | {"words": words}
         assert speak(engine, heard, said, quote) == answer
-    engine.model.confidence = fitted | {"words": -0.4}
+    engine.model.confidence = fitted | {"words": [1.0, 0.0, 0.4]}
     assert (
         speak(engine, heard, [said[0], ("six. [5]", -0.1)], True) == "It is two. [4] Or, by another document: six. [5]"
     )
@@ -80,11 +81,12 @@ def test_who_is_not_sure_of_words_quotes_the_closest_sentence():
 
 def test_more_words_are_right_than_wrong_from_there_on():
     rng = np.random.default_rng(0)
-    sure = rng.uniform(-2, 0, 2000)
-    right = rng.uniform(size=2000) < 1 / (1 + np.exp(-6 * (sure + 0.7)))
-    assert fit_words(sure, right) == pytest.approx(-0.7, abs=0.1)
-    assert fit_words([-1, -2], [True, True]) < -100 and fit_words([-1, -2], [False, False]) == 0
-    assert fit_words([-1, -2, -3], [False, True, True]) < -100  # surer and wrong: nothing to go by, most are right
+    sure = rng.uniform(-2, 0, (4000, 2))
+    right = rng.uniform(size=4000) < 1 / (1 + np.exp(-6 * (sure[:, 0] + 0.5 * sure[:, 1] + 1.2)))
+    assert fit_words(sure, right) == pytest.approx([6, 3, 7.2], rel=0.15)
+    assert fit_words([*sure, (-math.inf, 0)], [*right, True]) == fit_words(sure, right)  # where nothing was said
+    for all_right in (True, False):
+        assert (np.dot(fit_words([(-1, 0), (-2, 1)], [all_right] * 2), (-1, 0, 1)) > 0) == all_right
 
 
 def test_alone_a_document_keeps_its_number_and_its_question():
