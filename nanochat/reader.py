@@ -202,23 +202,19 @@ def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
 
 
 def fit_confidence(
-    answerable: Sequence[tuple[np.ndarray, np.ndarray]],
-    unanswerable: Sequence[Sequence[np.ndarray]],
-    abstain: float = 0.86,
+    answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray], abstain: float = 0.86
 ) -> dict:
     """Weights for `confidence` from validation questions, each with its documents' features.
 
-    A question that can be answered comes with a mask of the documents (n,) that do, those that can't in groups. A
-    logistic regression tells these documents from all others; the bias is such that of each group of unanswerable
-    questions at least the share `abstain` isn't answered.
+    A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
+    documents from all others; the bias is such that the share `abstain` of the unanswerable questions isn't answered.
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
     from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
 
-    in_vain = [f for group in unanswerable for f in group]
-    seen = [f for f, _ in answerable] + in_vain
-    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in in_vain])
+    seen = [f for f, _ in answerable] + list(unanswerable)
+    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
     likeness = np.concatenate(seen)[~y, 1]
     usual = 0.0 if np.isnan(likeness).all() else float(np.nanmean(likeness))
     x = np.concatenate([_beside_others(f, usual) for f in seen])
@@ -231,8 +227,7 @@ def fit_confidence(
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
     fitted["usual"] = usual
     scores = [(confidence(f, fitted), mask) for f, mask in answerable]
-    best = [[confidence(f, fitted).max() for f in group] for group in unanswerable]
-    bias = -max(float(np.quantile(scores, abstain)) for scores in best)
+    bias = -float(np.quantile([confidence(f, fitted).max() for f in unanswerable], abstain))
     others = [s[~mask].max() for s, mask in scores if not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 

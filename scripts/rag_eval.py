@@ -339,7 +339,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         other = (own / "kb.json").exists() and own.resolve() != Path(config.knowledge_base).resolve()
         of = RetrievalManager(manager.retriever_type, own, cached=True) if other else manager
         there, gone, views = calibration_features(engine, of, config, rows, path)
-        answerable, unanswerable, asked = answerable + there, [*unanswerable, gone], asked + views
+        answerable, unanswerable, asked = answerable + there, unanswerable + gone, asked + views
     fitted = fit_confidence(answerable, unanswerable, config.abstain)
     # and with the documents that these weights choose, how sure of its words the model has to be
     scores = [confidence(f, fitted) for f, _ in answerable]

@@ -158,12 +158,12 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
 
     known = [documents(4, i % 4) for i in range(60)]
     unknown = [documents(4, -1)[0] for _ in range(60)]
-    fitted = fit_confidence(known, [unknown])
+    fitted = fit_confidence(known, unknown)
     assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
     best = lambda f: confidence(f, fitted)
     assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
     assert np.mean([best(f).max() <= 0 for f in unknown]) == pytest.approx(0.86, abs=0.02)
-    strict = fit_confidence(known, [unknown[:9], unknown], abstain=1.0)
+    strict = fit_confidence(known, unknown, abstain=1.0)
     assert np.mean([confidence(f, strict).max() <= 1e-9 for f in unknown]) == 1
     assert fitted == json.loads(json.dumps(fitted))
 
@@ -248,7 +248,7 @@ def test_wrong_documents_seldom_speak_beside_right_ones():
     rng = np.random.default_rng(1)
     mask = np.arange(4) == 0
     known = [(np.stack([mask * 4 + rng.normal(size=4)] * 4, 1), mask) for _ in range(200)]
-    fitted = fit_confidence(known, [[f[1:] for f, _ in known]])
+    fitted = fit_confidence(known, [f[1:] for f, _ in known])
     beside = [(confidence(f, fitted)[1:] > fitted["beside"]).any() for f, _ in known]
     assert np.mean(beside) == pytest.approx(1 - BESIDE, abs=0.005)
     assert np.mean([confidence(f, fitted)[0] > fitted["beside"] for f, _ in known]) > 0.7

@@ -224,7 +224,7 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
     asked = []
     found = lambda *a: asked.append((a[1].path, len(a[3]))) or ([], [len(asked)], [])
     monkeypatch.setattr(rag_eval, "calibration_features", found)
-    monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a: {"groups": a[1], "abstain": a[2]})
+    monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a: {"in_vain": a[1], "abstain": a[2]})
     monkeypatch.setattr(rag_eval, "fit_words", lambda *a: [1.0, 2.0, 3.0])
     engine = SimpleNamespace(model=SimpleNamespace(), prompt=None, room=lambda n: n, complete_batch=lambda *a, **k: [])
     config = rag_eval.Config(
@@ -232,7 +232,7 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
     )
     manager = RetrievalManager("bm25", world.kb)
     fitted = rag_eval.calibrate(engine, manager, config, set())
-    assert fitted == {"groups": [[1], [2]], "abstain": config.abstain, "words": [1.0, 2.0, 3.0]}
+    assert fitted == {"in_vain": [1, 2], "abstain": config.abstain, "words": [1.0, 2.0, 3.0]}
     assert asked == [
         (manager.path, len(load_queries(f"{world.queries}/val.jsonl"))),
         (world.home / "own" / "knowledge_base", 4),
