@@ -563,7 +563,7 @@ def test_a_conversation_gets_documents_before_its_last_user_message(kb):
     message = augmented["messages"][3]
     assert message["query"] == "What is the highest point of Peru?"
     assert [set(doc) for doc in message["documents"]] == [
-        {"id", "title", "content", "score", "similarity", "source"}
+        {"id", "title", "content", "score", "similarity", "closest", "source"}
     ] * 2
     assert message["documents"][0]["id"] == "d2" and augmented["metadata"] == {"id": 7}
     json.dumps(augmented)
