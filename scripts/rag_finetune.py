@@ -7,9 +7,10 @@
 Questions come from `--queries` (default: the `queries/` folder beside the knowledge base). Each is asked over its gold
 document alone or among distractors, many of them what the retriever finds; in a share of examples the gold document is
 missing and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch
-(tasks/rag_task.py). One document at a time is most of the practice, because that is how answers are given by default
-(nanochat/reader.py): the model has to know whether this one answers. Then several cut to three sentences, then several
-whole ones. `--keep_best one_score` (the mean of F1 and abstention over one document) with `--early_stop 3` keeps the
+(tasks/rag_task.py). Excerpts of one document are most of the practice, because that is how answers are given by default
+(nanochat/reader.py): the model has to know whether this one answers. As many of them are from handbooks about
+everything (tasks/handbooks.py) as from `--queries`. The rest are several documents cut to three sentences, and whole
+ones. `--keep_best one_score` (the mean of F1 and abstention over one document) with `--early_stop 3` keeps the
 best checkpoint and stops when it gets no better. `--block_pattern`, where given, must be the checkpoint's.
 """
 
