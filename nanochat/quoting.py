@@ -89,8 +89,9 @@ def _stands(said: str, text: str, whole: bool, half: bytes = b"") -> bool:
 
 def _unfinished(said: str) -> bool:
     """Whether something is missing at the end: "32 kilometres per", "the Ark (1911"."""
-    last = said.rpartition(" ")[2].lower()
-    return said[-1:] in ",;:" or last in OPEN or said.count("(") != said.count(")") or not any(map(str.isalnum, said))
+    if said.rpartition(" ")[2] in OPEN or (len(said) > 1 and said.lower() in OPEN):  # but "hepatitis A", and "A" alone
+        return True
+    return said[-1:] in ",;:" or said.count("(") != said.count(")") or not any(map(str.isalnum, said))
 
 
 def _inside(text: str, at: int) -> bool:

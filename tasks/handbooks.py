@@ -1,4 +1,4 @@
-"""Handbooks: small collections of documents about invented things, written by hand, with questions to them.
+"""Handbooks: small collections of documents about invented things, written without templates, with questions to them.
 
     books = load_handbooks("train")
     task = HandbookTask(books.queries, books.documents)
@@ -20,6 +20,7 @@ nothing in it exists, so that whatever a model answers it has read. data/handboo
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -115,7 +116,7 @@ class HandbookTask(RAGTask):
         ]
 
 
-def disguise(text: str, rng: random.Random):
+def disguise(text: str, rng: random.Random) -> Callable[[str], str]:
     """A function that replaces the names and numbers of `text` by others, wherever they stand: each always by the same,
     and no two by one (but among single digits, of which there are few).
 

@@ -101,6 +101,12 @@ def test_abstaining_is_allowed_where_it_is():
     assert not may.allows(refusal[:9], done=True) and not must.allows(refusal[:9])
 
 
+def test_what_ends_with_a_letter_is_finished_and_a_lone_article_is_not():
+    text = "The doctor found hepatitis A in ward A."
+    for said, done in (("hepatitis A. [1]", True), ("ward A. [1]", True), ("A. [1]", True), ("The. [1]", False)):
+        assert is_quote(said, text, {"1"}, done=True) == done
+
+
 def test_half_a_character_must_become_one_of_the_text():
     quoting = Quoting(BYTES, BYTES.render_conversation(conversation("Q?", "Café – open"))[0])
     cafe = BYTES.encode_text("Café")
