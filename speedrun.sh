@@ -46,6 +46,7 @@ smoke)
     base="--depth 3 --n_embd 128 --num_iterations 30 --sequence_len 256 --val_batches 2 --eval_every 15"
     mid="--num_iterations 20 --val_batches 2 --eval_every 20 --sequence_len 384"
     sft="--num_iterations 10 --sequence_len 256"
+    evidence="--num_iterations 6 --val_examples 10 $(share 16)"
     rag="--num_iterations 20 --val_examples 10 --sequence_len 640"
     ;;
 cpu)
@@ -53,9 +54,10 @@ cpu)
     tok=""
     common="--resume true --save_every 100 $(share 8)"
     base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
-    mid="--num_iterations 600 --lr_scale 0.5 --warmdown_ratio 1.0"
+    mid="--num_iterations 400 --lr_scale 0.5 --warmdown_ratio 1.0"
     sft="--num_iterations 60"
-    rag="--num_iterations 550 --lr_scale 0.5"
+    evidence="--num_iterations 400 --eval_every 200 $(share 32)"
+    rag="--num_iterations 350 --lr_scale 0.5"
     ;;
 node)
     tag=d20 retriever=hybrid n=500 text=fineweb:240
@@ -68,6 +70,7 @@ node)
     base="--data $text --depth 20 $batch --num_iterations 20000 --drill_until 0.05"
     mid="--data $text $batch --num_iterations 800"
     sft="--num_iterations 10" # at 131k tokens a step, the few chat pairs have been seen several times by then
+    evidence="--num_iterations 400 --device_batch_size 64"
     rag="--num_iterations 1000"
     ;;
 esac
@@ -77,6 +80,7 @@ out="$NANOCHAT_BASE_DIR"
 data="$out/factbook"
 kb="$data/knowledge_base"
 books="$out/handbooks"
+world="$out/fiction"
 if [ "$NPROC" -gt 1 ]; then # torchrun, of the python in use
     threads=$((gpus > 0 || cores < NPROC ? 1 : cores / NPROC))
     run="env OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} python -m torch.distributed.run --standalone --nproc_per_node=$NPROC -m"
@@ -85,9 +89,9 @@ else
 fi
 begin=$SECONDS
 
-product() { # product WHAT: the file that is new when WHAT is: for base mid sft rag in the last checkpoint, else WHAT
+product() { # product WHAT: the file that is new when WHAT is: for a training stage in the last checkpoint, else WHAT
     case $1 in
-    base | mid | sft | rag) ls "$out/checkpoints/$1/$tag"/step_*/meta.json 2>/dev/null | tail -n 1 ;;
+    base | mid | sft | evidence | rag) ls "$out/checkpoints/$1/$tag"/step_*/meta.json 2>/dev/null | tail -n 1 ;;
     *) echo "$1" ;;
     esac
 }
@@ -132,7 +136,7 @@ fi
 # to a first run it tells how long; a failed estimate is no reason to stop, Ctrl-C is
 [ -f "$out/evals/rag_eval.json" ] ||
     python -m scripts.estimate --preset "$preset" --nproc "$NPROC" --tok "$tok" \
-        --base "$common $base" --mid "$common $mid" --sft "$common $sft" --rag "$common $rag" || {
+        --base "$common $base" --mid "$common $mid" --sft "$common $sft" --rag "$common $rag" --evidence "$evidence" || {
     [ $? -ne 130 ] || exit 130
     echo "no estimate for this machine; going on without"
 }
@@ -158,19 +162,27 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
         $run scripts.prepare_rag_dataset --mode factbook --type $retriever --output "$data"
     stage handbooks "$books/conversations/val_rag.jsonl" "$(ls -t data/handbooks/*.txt | head -n 1)" \
         $run scripts.prepare_rag_dataset --mode handbooks --type $retriever --output "$books"
+    stage "invented world" "$world/conversations/val_rag.jsonl" "$(ls -t data/fiction/*.txt | head -n 1)" \
+        $run scripts.prepare_rag_dataset --mode fiction --type $retriever --output "$world"
     stage pretraining base - $run scripts.base_train --model_tag $tag $common $base
     evaluate "base evaluation" base_eval base base_eval --model_tag $tag --data $text --max_examples $few
     stage midtraining mid - $run scripts.mid_train --source_tag $tag --model_tag $tag $common $mid
     stage "chat SFT" sft - $run scripts.chat_sft --source_tag $tag --model_tag $tag $common $sft
     evaluate "chat evaluation" chat_eval sft chat_eval --model_tag $tag --max_examples $few
+    stage "evidence reader" evidence - \
+        $run scripts.evidence_train --model_tag $tag --knowledge_base "$kb" --resume true --save_every 100 $evidence
     stage "RAG SFT" rag - \
         $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
     evaluate "RAG evaluation" rag_eval rag rag_eval --model_tag $tag --max_examples $n --retriever_type $retriever \
         --knowledge_base "$kb" --queries "$data/queries/test.jsonl" \
-        --calibrate "$data/queries/val.jsonl,$books/queries/val.jsonl"
+        --calibrate "$data/queries/val.jsonl,$books/queries/val.jsonl,$world/queries/val.jsonl"
+    rows="oracle,retrieved,retrieved_together,distractors_only,unanswerable,two_hop"
     evaluate "handbook evaluation" rag_eval_handbooks rag rag_eval --model_tag $tag --max_examples $n \
         --retriever_type $retriever --knowledge_base "$books/knowledge_base" --queries "$books/queries/test.jsonl" \
-        --rows oracle,retrieved,retrieved_together,distractors_only,unanswerable,two_hop
+        --rows $rows
+    evaluate "invented world's evaluation" rag_eval_fiction rag rag_eval --model_tag $tag --max_examples $n \
+        --retriever_type $retriever --knowledge_base "$world/knowledge_base" --queries "$world/queries/test.jsonl" \
+        --rows closed_book,$rows,contradictory_dated,contradictory_undated
 }
 echo
 python -m nanochat.report --evals "$out/evals" --output "$out/report"

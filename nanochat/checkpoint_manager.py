@@ -42,7 +42,7 @@ from nanochat.common import (
 from nanochat.gpt import GPT, GPTConfig, config_dict
 from nanochat.tokenizer import Tokenizer
 
-SOURCES = ("base", "mid", "sft", "rag", "refrag", "self_rag", "gate", "z_read")
+SOURCES = ("base", "mid", "sft", "rag", "evidence", "refrag", "self_rag", "gate", "z_read")
 SCHEMA = 1
 OLD = ".old"  # suffix of a run that was put aside when a new one took its tag
 
@@ -133,7 +133,7 @@ def save_checkpoint(
     run: Path,
     step: int,
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     meta: dict[str, Any],
     train_state: dict[str, Any],
     dist_info: Dist,
@@ -174,7 +174,7 @@ def save_checkpoint(
     return path
 
 
-def _write_model(folder: Path, step: int, model: nn.Module, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+def _write_model(folder: Path, step: int, model: nn.Module, tokenizer: Tokenizer | None, meta: dict[str, Any]) -> None:
     weights, tied = {}, {}
     first: dict[tuple, str] = {}
     for name, tensor in model.state_dict().items():
@@ -186,7 +186,8 @@ def _write_model(folder: Path, step: int, model: nn.Module, tokenizer: Tokenizer
         weights[name] = tensor.detach().cpu().contiguous()
     file = folder / "model.safetensors"
     safetensors.torch.save_file(weights, file)
-    tokenizer.save(folder)
+    if tokenizer:
+        tokenizer.save(folder)
     meta = {
         "schema": SCHEMA,
         "step": step,
@@ -313,16 +314,14 @@ def check_confidence(fitted: Any) -> dict | None:
     """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
     if fitted is None:
         return None
-    if (
-        isinstance(fitted, dict) and not {"usual", "words"} <= fitted.keys()
-    ):  # it weighed other features of other contexts
+    if isinstance(fitted, dict) and len(fitted.get("weights", ())) != 5:  # it weighed other features of other contexts
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )
         return None
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {4} or 0 in out["scale"]:
-        raise ValueError("confidence needs four numbers of each kind")
+    if {len(v) for v in out.values()} != {5} or 0 in out["scale"]:
+        raise ValueError("confidence needs five numbers of each kind")
     out["words"] = [float(v) for v in fitted["words"]]
     if len(out["words"]) != 3:
         raise ValueError("confidence needs three numbers for words")
@@ -363,6 +362,10 @@ def load_model(
     model.set_compute_dtype(pick_dtype(torch.device(device).type, dtype))
     model.tokenizer = tokenizer
     model.confidence = confidence
+    if phase == "eval" and confidence and meta.get("evidence"):
+        from nanochat.evidence import evidence_of  # it needs this module
+
+        model.evidence = evidence_of(meta["evidence"], device)
     model.to(device)
     if phase == "eval":
         model.eval().requires_grad_(False)

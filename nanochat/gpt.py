@@ -12,6 +12,7 @@ Memory modules work on embeddings: `inputs_embeds` goes in, `return_hidden` come
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -147,6 +148,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(c.n_embd, c.vocab_size)
         self.gradient_checkpointing = False
         self.confidence: dict | None = None  # of the engine, chosen on validation questions; load_model sets it
+        self.evidence: Any = None  # an EvidenceReader (nanochat/evidence.py), if it was calibrated with one
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -289,17 +291,17 @@ class GPT(nn.Module):
     def generate_from_conversation(self, conversation: dict, read: str = "each", **sampling) -> str:
         """Answer a conversation (docs/formats.md) with this model; needs `load_model`, which attaches the tokenizer.
 
-        Its documents are read one by one (`read="each"`, reader.py) or all in one context ("together").
+        Its documents are read one by one (`read="each"`, reader.py) or all at once ("together").
         """
         if read not in ("each", "together"):
             raise UserError(f"read={read!r}: choose 'each' or 'together'")
         from nanochat.engine import Engine  # these two build on this file, not the other way round
-        from nanochat.reader import answer_each
+        from nanochat.reader import answer_each, answer_together
 
         engine = Engine(self, self.tokenizer)
         if read == "each":
             return answer_each(engine, [conversation], **sampling)[0][0]
-        return engine.answer(conversation, **sampling)
+        return answer_together(engine, [conversation], **sampling)[0]
 
     def _positions(self, start: torch.Tensor | int, T: int, x: torch.Tensor) -> Positions | None:
         if "T" not in self.config.block_pattern:

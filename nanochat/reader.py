@@ -9,24 +9,29 @@ goes by the entropy of the answer; how probable the sentence is that the model a
 not compared). What the retriever thinks is added to it (`confidence`, learned by scripts.rag_eval --calibrate). Of a
 document only the sentences are read that the retriever finds closest to the question, if it compares sentences.
 
-Where that is convincing enough to answer, but the model isn't sure of its words, the closest sentence is quoted as a
-whole. Where other documents are convincing, too, they are heard: who agrees is cited, who disagrees is quoted, the
-newest first, then those without a `date`. A question that needs two documents at once can't be asked this way.
+Where that is convincing enough to answer, either the model's own words are taken or those that an evidence reader
+points at (nanochat/evidence.py), whichever calibration found better to trust. Where other documents are convincing,
+too, they are heard: who agrees is cited, who disagrees is quoted, the newest first, then those without a `date`.
+
+A question that takes two documents at once can't be asked this way: `answer_together` reads all of them as one text.
 """
 
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
 from nanochat.documents import tokenize
 from nanochat.engine import Engine
-from nanochat.rag_utils import ABSTENTION, also_said, is_supported, strip_citations
+from nanochat.evidence import Evidence
+from nanochat.passages import sentences
+from nanochat.rag_utils import ABSTENTION, also_said
 from nanochat.tokenizer import check_conversation
 
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
-FEATURES = 4  # of a document: what `look` gives
+FEATURES = 5  # of a document: what `look` gives
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
     "its know like long many me much my name of old on or please tell that the there this to was were what when where "
@@ -40,29 +45,52 @@ def look(
     max_tokens: int = 256,
     batch_size: int = 16,
     progress: bool = False,
-    known: dict[bytes, float] | None = None,
+    known: dict | None = None,
 ) -> list[tuple[list[dict], np.ndarray]]:
     """Each conversation once for every document in it, and what speaks for answering from that one.
 
     The latter is (documents, FEATURES): the log-odds that the model answers rather than abstains when it reads this
     document alone (abstains in all words: other answers begin with an "I", too); the document's similarity to the query
     (nan where the retriever gave none); the shares of the question's names and of its words that the document has
-    (`shared_words`). Its place among the others doesn't count. `known` remembers the model's part from call to call.
+    (`shared_words`); the evidence reader's odds (nan without one). Its place among the others doesn't count. `known`
+    remembers from call to call what models said. A view has as its "evidence" what was found in its document.
     """
-    views = [one_document_each(check_conversation(c)) for c in conversations]
+    known = {} if known is None else known
+    asked = [[(asks(c), [doc]) for doc in _documents(check_conversation(c))] for c in conversations]
+    said = iter(point(engine, [one for each in asked for one in each], known))
+    found = [[next(said) for _ in each] for each in asked]
+    views = [one_document_each(c, told) for c, told in zip(conversations, found)]
     prompts = [engine.prompt(view, max_tokens) for v in views for view in v]
-    keys, known = [np.array(ids).tobytes() for ids in prompts], {} if known is None else known
+    keys = [np.array(ids).tobytes() for ids in prompts]
     new = {key: ids for key, ids in zip(keys, prompts) if key not in known}
     known.update(zip(new, engine.score_batch(list(new.values()), engine.refusal, batch_size, progress)))
     abstains = np.array([known[key] for key in keys]).clip(max=-1e-6)
-    odds, found = iter(np.log(-np.expm1(abstains)) - abstains), []
-    for v, conversation in zip(views, conversations):
-        question = next((m["content"] for m in reversed(conversation["messages"]) if m["role"] == "user"), "")
-        docs = [doc if isinstance(doc, dict) else doc.shown() for doc in _documents(conversation)]
-        likeness = [math.nan if doc.get("similarity") is None else doc["similarity"] for doc in docs]
-        rows = [(next(odds), x, *shared_words(question, doc)) for x, doc in zip(likeness, docs)]
-        found.append((v, np.array(rows).reshape(-1, FEATURES)))
-    return found
+    odds, out = iter(np.log(-np.expm1(abstains)) - abstains), []
+    for v, pairs, told in zip(views, asked, found):
+        rows = []
+        for (question, [doc]), evidence in zip(pairs, told):
+            likeness = math.nan if doc.get("similarity") is None else doc["similarity"]
+            rows.append((next(odds), likeness, *shared_words(question, doc), evidence.odds if evidence else math.nan))
+        out.append((v, np.array(rows).reshape(-1, FEATURES)))
+    return out
+
+
+def asks(conversation: dict) -> str:
+    """The question of a conversation: its last user message."""
+    return next((m["content"] for m in reversed(conversation["messages"]) if m["role"] == "user"), "")
+
+
+def point(
+    engine: Engine, asked: Sequence[tuple[str, Sequence[dict]]], known: dict | None = None
+) -> list[Evidence | None]:
+    """What the model's evidence reader finds for questions in documents; None for each if the model has none."""
+    if engine.model.evidence is None:
+        return [None] * len(asked)
+    known = {} if known is None else known
+    keys = [(question, *((doc.get("title", ""), doc["content"]) for doc in docs)) for question, docs in asked]
+    new = {key: one for key, one in zip(keys, asked) if key not in known}
+    known.update(zip(new, engine.model.evidence.find(list(new.values()))))
+    return [known[key] for key in keys]
 
 
 def shared_words(question: str, doc: dict) -> tuple[float, float]:
@@ -71,25 +99,38 @@ def shared_words(question: str, doc: dict) -> tuple[float, float]:
 
     A passage about another country may be as similar to a question as the right one, but hasn't the country's name.
     """
-    question = re.sub(r"['’]s\b", "", question)
-    words = re.findall(r"\w+(?:[.,]\d+)*", question)  # as they are written; the first has a capital anyway
-    names = [w for n, w in enumerate(words) if w[0].isdigit() or (n and w[0].isupper() and not question.isupper())]
-    told = set(tokenize(f"{doc.get('title', '')} {doc['content']}"))
+    told = _told(doc)
     share = lambda wanted: len(wanted & told) / len(wanted) if wanted else math.nan
-    return share(set(tokenize(" ".join(names))) - COMMON), share(set(tokenize(question)) - COMMON)
+    return share(names_in(question)), share(set(tokenize(_plain(question))) - COMMON)
+
+
+def names_in(question: str) -> set[str]:
+    """The words of names and the numbers in a question."""
+    words = re.findall(r"\w+(?:[.,]\d+)*", _plain(question))  # as they are written; the first has a capital anyway
+    names = [w for n, w in enumerate(words) if w[0].isdigit() or (n and w[0].isupper() and not question.isupper())]
+    return set(tokenize(" ".join(names))) - COMMON
+
+
+def _plain(question: str) -> str:
+    return re.sub(r"['’]s\b", "", question)
+
+
+def _told(doc: dict) -> set[str]:
+    return set(tokenize(f"{doc.get('title', '')} {doc['content']}"))
 
 
 def focus(
     engine: Engine, conversations: Sequence[dict], max_tokens: int = 256, **options
 ) -> list[list[tuple[dict, float]]]:
-    """For each conversation the one-document contexts that may answer, first the one to begin with, and how sure.
+    """For each conversation the contexts that may answer, first the one to begin with, and how sure that is.
 
     The first is the newest of those with a `date`, or else the surest. A conversation without documents stays as it is,
     with a confidence of infinity. `options` are `look`'s.
     """
     fitted, chosen = engine.model.confidence, []
     bar = math.inf if fitted is None else max(fitted["beside"], 0)
-    for conversation, (views, features) in zip(conversations, look(engine, conversations, max_tokens, **options)):
+    looked = look(engine, conversations, max_tokens, **options)
+    for conversation, (views, features) in zip(conversations, looked):
         scores = confidence(features, fitted)
         order = sorted(range(len(views)), key=lambda n: -scores[n])
         heard = [(views[n], float(scores[n])) for k, n in enumerate(order) if not k or scores[n] > bar]
@@ -118,19 +159,29 @@ def answer_views(
 def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tuple[str, float]], quote: bool) -> str:
     """One answer from what the model says (`answer_views`) over the contexts that `focus` chose for a question.
 
-    Where the model is less sure of its words than calibration wants, the first document's closest sentence is quoted
-    instead; of other documents only sure words are heard, and only if the sentence doesn't have them.
+    A context's answer is in the model's own words, or if those are less to be trusted in the evidence reader's.
     """
-    weights = engine.model.confidence["words"] if quote and engine.model.confidence else (0.0, 0.0, 1.0)
-    known = [(max(logprob, -1e6), min(score, 1e6), 1.0) for (_, logprob), (_, score) in zip(said, heard)]
-    sure = [np.dot(weights, one) > 0 for one in known]
-    answer, [doc, *_] = said[0][0], [*_documents(heard[0][0]), {}]
-    others = [(a, date_of(view)) for (a, _), (view, _), ok in zip(said[1:], heard[1:], sure[1:]) if ok]
-    if not sure[0] and doc.get("closest"):
-        sentence = " ".join(doc["closest"][0].split())
-        others = [o for o in others if not is_supported(strip_citations(o[0]), [{"title": "", "content": sentence}])]
-        answer = sentence + ("" if re.search(r"[.?!…]\W*$", sentence) else ".") + f" [{doc['number']}]"
-    return answer + also_said((answer, date_of(heard[0][0])), others)
+    answers = [
+        own if not quote or own_words(engine, view, logprob) else _pointed(view)
+        for (view, _), (own, logprob) in zip(heard, said)
+    ]
+    others = [(answer, date_of(view)) for answer, (view, _) in zip(answers[1:], heard[1:])]
+    return answers[0] + also_said((answers[0], date_of(heard[0][0])), others)
+
+
+def own_words(engine: Engine, view: dict, logprob: float) -> bool:
+    """Whether over this context the model's own words, of this mean log-probability, are rather right than what the
+    evidence reader points at. Always where there is nothing, never where it took several documents.
+    """
+    evidence = view.get("evidence")
+    if not evidence or engine.model.confidence is None:
+        return True
+    known = (max(logprob, -1e6), evidence["logprob"], 1.0)
+    return len(evidence["cited"]) == 1 and np.dot(engine.model.confidence["words"], known) > 0
+
+
+def _pointed(view: dict) -> str:
+    return f"{view['evidence']['text']}. " + "".join(f"[{n}]" for n in view["evidence"]["cited"])
 
 
 def stream_each(
@@ -165,7 +216,7 @@ def answer_each(
     max_tokens: int = 256,
     quote: bool = True,
     progress: bool = False,
-    known: dict[bytes, float] | None = None,
+    known: dict | None = None,
     **sampling,
 ) -> tuple[list[str], list[float]]:
     """The answers, documents read one by one, and the confidence of each. Where it is too low, the abstention."""
@@ -177,6 +228,37 @@ def answer_each(
         for heard in focused
     ]
     return answers, [max(score for _, score in heard) for heard in focused]
+
+
+def answer_together(
+    engine: Engine,
+    conversations: Sequence[dict],
+    batch_size: int = 16,
+    max_tokens: int = 256,
+    quote: bool = True,
+    **more,
+) -> list[str]:
+    """The answers, all documents of a conversation read as one text, for questions that take more than one of them.
+
+    By the evidence reader, which abstains where its odds are against it, over the sentences that are closest in each;
+    its words' document is cited, and one that has names of the question which that one lacks. By the language model
+    where there is no such reader or no document, or where it needn't `quote`. `more` is Engine.answer_batch's.
+    """
+    read = [n for n, c in enumerate(conversations) if quote and engine.model.evidence and _documents(c)]
+    views = {n: [_documents(view)[0] for view in one_document_each(check_conversation(conversations[n]))] for n in read}
+    found = dict(zip(read, point(engine, [(asks(conversations[n]), views[n]) for n in read])))
+    left = [c for n, c in enumerate(conversations) if n not in views]
+    own = iter(engine.answer_batch(left, batch_size, max_tokens, quote=quote, **more))
+    return [_cite(asks(c), views[n], found[n]) if n in views else next(own) for n, c in enumerate(conversations)]
+
+
+def _cite(question: str, docs: Sequence[dict], found: Evidence | None) -> str:
+    if found is None or found.odds <= 0:
+        return ABSTENTION
+    lacks = names_in(question) - _told(docs[found.document])
+    leads = max(range(len(docs)), key=lambda n: (len(lacks & _told(docs[n])), -n))
+    cited = {docs[found.document]["number"]} | ({docs[leads]["number"]} if lacks & _told(docs[leads]) else set())
+    return f"{found.text}. " + "".join(f"[{number}]" for number in sorted(cited))
 
 
 def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
@@ -232,32 +314,50 @@ def fit_confidence(
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 
 
-def fit_words(sure: Sequence[tuple[float, float]], right: Sequence[bool]) -> list[float]:
-    """Weights of the words' mean log-probability (`answer_views`) and of the confidence in their document, and a bias:
-    where they add up to more than 0, more answers are right than wrong. From answers to validation questions.
+def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> list[float]:
+    """Weights of the own words' mean log-probability and of the evidence's log-probability, and a bias: where they add
+    up to more than 0, the own words are rather `better`. From validation questions where just one of the two is right.
     """
     from sklearn.linear_model import LogisticRegression
 
-    known = [(x, ok) for x, ok in zip(sure, right) if np.isfinite(x).all()]
+    known = [(x, ok) for x, ok in zip(sure, better) if np.isfinite(x).all()]
     if len({ok for _, ok in known}) < 2:
         return [0.0, 0.0, 1.0 if all(ok for _, ok in known) else -1.0]
     model = LogisticRegression(C=1e3).fit(*map(np.array, zip(*known)))
     return [*map(float, model.coef_[0]), float(model.intercept_[0])]
 
 
-def one_document_each(conversation: dict) -> list[dict]:
-    """The conversation once for each document in it, alone, under the number it had, and cut to what is `closest`."""
+def one_document_each(conversation: dict, found: Sequence[Evidence | None] = ()) -> list[dict]:
+    """The conversation once for each document in it, alone, under the number it had, and cut to what is `closest` and
+    the sentence in which words were `found`.
+    """
     messages, views, number = conversation["messages"], [], 0
+    told = iter(found)
     for at, message in enumerate(messages):
         for doc in message["documents"] if message["role"] == "retrieval" else []:
             doc = doc if isinstance(doc, dict) else doc.shown()
             number = doc.get("number") or number + 1
+            evidence = next(told, None)
             if close := doc.get("closest"):
-                doc = {**doc, "content": " ".join(sorted(close, key=doc["content"].find))}
+                doc = {
+                    **doc,
+                    "content": " ".join(sorted(_with(close, doc["content"], evidence), key=doc["content"].find)),
+                }
             only = {**message, "documents": [{**doc, "number": number}]}
             rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]
-            views.append({**conversation, "messages": rest})
+            view = {**conversation, "messages": rest}
+            if evidence:
+                view["evidence"] = {"text": evidence.text, "logprob": evidence.logprob, "cited": [number]}
+            views.append(view)
     return views
+
+
+def _with(close: list[str], content: str, evidence: Evidence | None) -> list[str]:
+    """The closest sentences, the last of them replaced by the one with the evidence if none has it."""
+    if evidence is None or any(evidence.text in " ".join(sentence.split()) for sentence in close):
+        return close
+    holds = (told for told in sentences(content) if evidence.text in " ".join(told.split()))
+    return [*close[: max(1, len(close) - 1)], *islice(holds, 1)]
 
 
 def date_of(view: dict) -> str:
@@ -267,4 +367,5 @@ def date_of(view: dict) -> str:
 
 
 def _documents(conversation: dict) -> list[dict]:
-    return [doc for m in conversation["messages"] if m["role"] == "retrieval" for doc in m["documents"]]
+    docs = [doc for m in conversation["messages"] if m["role"] == "retrieval" for doc in m["documents"]]
+    return [doc if isinstance(doc, dict) else doc.shown() for doc in docs]

@@ -417,8 +417,8 @@ def _check_same_run(path: Path, config: TrainConfig, tokenizer: Any) -> None:
         for name in same
         if name in before and hasattr(config, name) and before[name] != getattr(config, name)
     ]
-    saved = Tokenizer.load(path)
-    if (saved.ranks, saved.pattern) != (tokenizer.ranks, tokenizer.pattern):
+    saved = tokenizer and Tokenizer.load(path)
+    if saved and (saved.ranks, saved.pattern) != (tokenizer.ranks, tokenizer.pattern):
         changed.append("another tokenizer")
     if changed:
         raise UserError(

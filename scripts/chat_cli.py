@@ -19,7 +19,7 @@ from nanochat.common import UserError, init_distributed, pick_dtype
 from nanochat.config import run
 from nanochat.engine import Engine, check_sampling
 from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, strip_citations
-from nanochat.reader import focus, stream_each
+from nanochat.reader import answer_together, focus, stream_each
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
@@ -84,6 +84,9 @@ class Chat:
             [heard] = focus(self.engine, [conversation], c.max_tokens, progress=many)
             self.read = set(range(1, len(self.documents) + 1))  # each had room
             pieces = stream_each(self.engine, heard, c.max_tokens, **sampling)
+        elif self.documents and self.engine.model.evidence and c.quote:
+            self.read = set(range(1, len(self.documents) + 1))
+            pieces = iter(answer_together(self.engine, [conversation], 1, c.max_tokens))
         else:
             ids = self.engine.prompt(conversation, c.max_tokens)
             self.read = numbers_read(ids, self.engine.tokenizer)

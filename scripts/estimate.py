@@ -10,17 +10,19 @@ there is one.
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from nanochat.common import UserError, human, init_distributed, pick_dtype, print0
 from nanochat.config import parse, run
+from nanochat.evidence import EvidenceConfig, Pointer, pointer_loss
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.train import TrainConfig
-from scripts import base_train, chat_sft, mid_train, rag_finetune, tok_train
+from scripts import base_train, chat_sft, evidence_train, mid_train, rag_finetune, tok_train
 
 # Minutes of tokenizer, knowledge base and evaluations, on two cores with bf16 units; nobody has run the node preset.
 OTHER_MINUTES = {"smoke": 2, "cpu": 10}
@@ -30,6 +32,7 @@ STAGES = {
     "pretraining": ("base", base_train.Config),
     "midtraining": ("mid", mid_train.Config),
     "chat SFT": ("sft", chat_sft.Config),
+    "evidence reader": ("evidence", evidence_train.Config),
     "RAG SFT": ("rag", rag_finetune.Config),
 }
 
@@ -44,6 +47,7 @@ class Config:
     base: str = ""  # flags of base_train
     mid: str = ""  # flags of mid_train
     sft: str = ""  # flags of chat_sft
+    evidence: str = ""  # flags of evidence_train
     rag: str = ""  # flags of rag_finetune
     device: str = ""  # cpu, cuda or mps; empty: the best one present
 
@@ -69,8 +73,18 @@ def main(config: Config) -> dict[str, float]:
     minutes = {}
     for name, stage in stages.items():
         length = stage.sequence_len or base.sequence_len
-        supervised = 0.1 if name in ("chat SFT", "RAG SFT") else 1.0  # share of tokens that are targets
-        micro, update = time_step(model, optimizer, (stage.device_batch_size, length), supervised)
+        shape = (stage.device_batch_size, length)
+        if name == "evidence reader":
+            net = Pointer(EvidenceConfig()).to(d.device)
+            kinds = torch.arange(length, device=d.device).ge(length // 4).long().expand(shape)
+            ids, targets = torch.full_like(kinds, 2000), torch.zeros((shape[0], 2), dtype=torch.long, device=d.device)
+            learn = partial(pointer_loss, net, ids, targets, kinds)
+            micro, update = time_step(learn, build_optimizer(net.param_groups(0, 0), d), d.device)
+        else:
+            supervised = 0.1 if name in ("chat SFT", "RAG SFT") else 1.0  # share of tokens that are targets
+            ids = torch.randint(0, model.config.vocab_size, shape, device=d.device)
+            targets = torch.where(torch.rand(shape, device=d.device) < supervised, ids, -1)
+            micro, update = time_step(partial(model, ids, targets), optimizer, d.device)
         tokens, seconds = step_cost(stage, length, config.nproc, micro, update, d.device.type)
         minutes[name] = seconds * stage.num_iterations / 60 * (BETWEEN_STEPS if known else 1)
         rate = human(tokens / seconds)
@@ -91,15 +105,12 @@ def main(config: Config) -> dict[str, float]:
     return minutes
 
 
-def time_step(model: GPT, optimizer: MuonAdamW, shape: tuple[int, int], supervised: float) -> tuple[float, float]:
-    """Seconds of one micro-batch of (rows, tokens) and of one update: the better of two, after one to warm up."""
-    device = next(model.parameters()).device
-    ids = torch.randint(0, model.config.vocab_size, shape, device=device)
-    targets = torch.where(torch.rand(shape, device=device) < supervised, ids, -1)
+def time_step(loss: Callable[[], torch.Tensor], optimizer: MuonAdamW, device: torch.device) -> tuple[float, float]:
+    """Seconds of one micro-batch, forward and backward, and of one update: the better of two, after one to warm up."""
     micro, update = [], []
     for _ in range(3):
         marks = [_now(device)]
-        model(ids, targets).backward()
+        loss().backward()
         marks.append(_now(device))
         optimizer.reduce_gradients()
         optimizer.step(1.0, 0.9, 1.0)

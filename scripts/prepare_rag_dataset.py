@@ -3,6 +3,7 @@
     python -m scripts.prepare_rag_dataset --mode example --output data/rag_examples   # small, hand-written, seconds
     python -m scripts.prepare_rag_dataset --mode factbook --output DIR                # all that ships in data/factbook
     python -m scripts.prepare_rag_dataset --mode handbooks --output DIR               # and in data/handbooks
+    python -m scripts.prepare_rag_dataset --mode fiction --output DIR                 # an invented world
 
     DIR/knowledge_base/   what RetrievalManager and the commands' --knowledge_base open
     DIR/queries/          train.jsonl val.jsonl test.jsonl: {"id", "query", "answer", "answers", "positive_ids", ...}
@@ -32,6 +33,7 @@ from nanochat.config import run
 from nanochat.documents import Document, read_documents
 from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import SimpleRetriever, build_kb, kb_info
+from tasks.fiction import make_world
 from tasks.handbooks import load_handbooks
 
 SYSTEM = "You are a helpful assistant. Answer from the documents and cite them."
@@ -41,7 +43,7 @@ SYSTEM = "You are a helpful assistant. Answer from the documents and cite them."
 class Config:
     """The data set to make."""
 
-    mode: str = "example"  # example: a few documents; factbook, handbooks: all that ships in data/ under that name
+    mode: str = "example"  # example: a few documents; factbook, handbooks: all of that in data/; fiction: invented
     output: str = ""  # the folder to write
     type: str = "hybrid"  # which indexes the knowledge base gets: simple, bm25, dense or hybrid (bm25 and dense)
     max_conversations: int = 2000  # at most this many of each split's questions become conversations
@@ -49,8 +51,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if config.mode not in ("example", "factbook", "handbooks"):
-        raise UserError(f"unknown --mode {config.mode}; choose example, factbook or handbooks")
+    if config.mode not in ("example", "factbook", "handbooks", "fiction"):
+        raise UserError(f"unknown --mode {config.mode}; choose example, factbook, handbooks or fiction")
     if not config.output:
         raise UserError("give --output, the folder to write")
     if config.max_conversations < 0:
@@ -62,11 +64,12 @@ def main(config: Config) -> None:
     if config.mode == "example":
         documents, queries = example_documents(), example_queries()
         built_from = "example " + str(EXAMPLE_VERSION)
-    elif config.mode == "handbooks":
-        books = {split: load_handbooks(split) for split in SPLITS}
-        documents = [Document.from_dict(doc) for split in SPLITS for doc in books[split].documents.values()]
-        queries = {split: books[split].queries for split in SPLITS}
-        built_from = " ".join(sha256_of(path) for path in sorted((DATA / "handbooks").glob("*.txt")))
+    elif config.mode in ("handbooks", "fiction"):
+        load = load_handbooks if config.mode == "handbooks" else lambda split: make_world(split, ENTITIES[split])
+        made = {split: load(split) for split in SPLITS}
+        documents = [Document.from_dict(doc) for split in SPLITS for doc in made[split].documents.values()]
+        queries = {split: made[split].queries for split in SPLITS}
+        built_from = " ".join(sha256_of(path) for path in sorted((DATA / config.mode).glob("*.txt")))
     else:
         source = DATA / "factbook" / "knowledge_base" / "documents.jsonl"
         documents, built_from = read_documents(source), sha256_of(source)
@@ -88,6 +91,10 @@ def main(config: Config) -> None:
         print0(f"{output / 'queries' / split}.jsonl: {len(rows)} questions")
     if config.mode == "factbook":
         write_jsonl(output / "queries" / CONTRADICTIONS, read_jsonl(DATA / "factbook" / "queries" / CONTRADICTIONS))
+    elif config.mode == "fiction":
+        write_jsonl(
+            output / "queries" / CONTRADICTIONS, [row for world in made.values() for row in world.contradictions]
+        )
     for split in ("train", "val"):
         path, rng, rows = output / "conversations" / f"{split}_rag.jsonl", random.Random(config.seed), queries[split]
         if len(rows) > config.max_conversations:
@@ -98,6 +105,7 @@ def main(config: Config) -> None:
 
 
 SPLITS = ("train", "val", "test")
+ENTITIES = {"train": 300, "val": 1000, "test": 1000}  # of the invented world; training makes a larger one of its own
 CONTRADICTIONS = "contradictions.jsonl"
 FIELDS = ("id", "query", "answer", "answers", "positive_ids", "hops", "type")
 

@@ -51,8 +51,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from nanochat.checkpoint_manager import find_checkpoint, load_model
+from nanochat.checkpoint_manager import find_checkpoint, list_steps, load_model, run_dir
 from nanochat.common import (
     UserError,
     init_distributed,
@@ -67,6 +68,7 @@ from nanochat.common import (
 from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.engine import Engine
+from nanochat.evidence import EvidenceReader, load_evidence
 from nanochat.knowledge_base import kb_info, kb_serves
 from nanochat.rag_utils import (
     ABSTENTION,
@@ -86,6 +88,7 @@ from nanochat.rag_utils import (
 )
 from nanochat.reader import (
     answer_each,
+    answer_together,
     answer_views,
     confidence,
     fit_confidence,
@@ -113,7 +116,10 @@ class Config:
     queries: str = ""  # questions: a .jsonl file
     contradictions: str = ""  # documents that disagree: a .jsonl file; empty: contradictions.jsonl beside the questions
     calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
-    abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
+    evidence: str = (
+        ""  # tag of an evidence reader to calibrate with; empty: the model's, if there is one; none: without
+    )
+    abstain: float = 0.9  # share of the validation questions without their document that calibration abstains from
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: all in one context
@@ -233,6 +239,7 @@ def main(config: Config) -> dict:
 
     # 3. How sure is sure enough?
     if config.calibrate:
+        model.evidence = evidence_reader(config, meta["tag"], d.device)
         model.confidence = calibrate(engine, manager, config, {r["id"] for r in rows})
 
     # 4. Ask and judge
@@ -276,11 +283,23 @@ def main(config: Config) -> dict:
     result = {"rows": table, "config": used, "versions": versions()}
     if config.calibrate and d.rank == 0:
         settings_used = {"queries": config.calibrate, "retriever": manager.retriever_type, "top_k": config.top_k}
-        write_json(checkpoint / "meta.json", meta | {"confidence": model.confidence, "calibrated": settings_used})
+        told = {"confidence": model.confidence, "calibrated": settings_used}
+        told["evidence"] = model.evidence and model.evidence.told
+        write_json(checkpoint / "meta.json", meta | told)
     if config.output and d.rank == 0:
         write_json(config.output, result)
         write_jsonl(config.output.removesuffix(".json") + ".answers.jsonl", log)
     return result
+
+
+def evidence_reader(config: Config, tag: str, device: torch.device) -> EvidenceReader | None:
+    """The evidence reader that `--evidence` means, for a model with this tag."""
+    if config.evidence == "none":
+        return None
+    if not config.evidence and not list_steps(run_dir("evidence", tag)):
+        print0(f"calibrating without an evidence reader: none is called {tag} (scripts.evidence_train)")
+        return None
+    return load_evidence("evidence", config.evidence or tag, device=device)
 
 
 def read_and_answer(
@@ -288,18 +307,15 @@ def read_and_answer(
     manager: RetrievalManager,
     config: Config,
     each: bool,
-    known: dict[bytes, float],
+    known: dict,
     asks: list[tuple[str, list[Document]]],
 ) -> list[tuple[str, float]]:
     """Answers over documents that are read one by one (`each`) or together, and their confidence."""
-    conversations = [ask(query, manager.compare(query, docs) if each else docs) for query, docs in asks]
+    c, conversations = config, [ask(query, manager.compare(query, docs)) for query, docs in asks]
     if each:
-        c = config
         found = answer_each(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
         return list(zip(*found))
-    answers = engine.answer_batch(
-        conversations, config.batch_size, config.max_tokens, quote=config.quote, progress=is_main()
-    )
+    answers = answer_together(engine, conversations, c.batch_size, c.max_tokens, c.quote, progress=is_main())
     return [(answer, math.nan) for answer in answers]
 
 
@@ -310,12 +326,12 @@ def what_it_costs(
     times, tokens = [], []
     for query, docs in asks[:TIMED]:
         start = time.perf_counter()
-        conversation = ask(query, manager.compare(query, docs) if each else docs)
+        conversation = ask(query, manager.compare(query, docs))
         if each:
             [heard] = focus(engine, [conversation], config.max_tokens)
             pieces = stream_each(engine, heard, config.max_tokens, config.quote)
         else:
-            pieces = engine.stream(conversation, config.max_tokens, quote=config.quote)
+            pieces = iter(answer_together(engine, [conversation], 1, config.max_tokens, config.quote))
         next(pieces, None)
         times.append(1000 * (time.perf_counter() - start))
         views = (one_document_each(conversation) if each else []) or [conversation]
@@ -341,26 +357,29 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         there, gone, views = calibration_features(engine, of, config, rows, path)
         answerable, unanswerable, asked = answerable + there, unanswerable + gone, asked + views
     fitted = fit_confidence(answerable, unanswerable, config.abstain)
-    # and with the documents that these weights choose, how sure of its words the model has to be
-    scores = [confidence(f, fitted) for f, _ in answerable]
-    best = [views[s.argmax()] for s, (_, views) in zip(scores, asked)]
+    # And with the documents that these weights choose, whose words are to be trusted
+    best = [views[confidence(f, fitted).argmax()] for (f, _), (_, views) in zip(answerable, asked)]
     engine.model.confidence = fitted  # from here on, abstaining is not the model's affair
     speak = lambda part: answer_views(engine, part, config.batch_size, config.max_tokens, progress=is_main())
-    said = over_ranks(speak, best)
-    right = [answer_f1(main_answer(answer), r["answers"]) > 0.5 for (answer, _), (r, _) in zip(said, asked)]
-    sure = [(logprob, float(s.max())) for (_, logprob), s in zip(said, scores)]
-    return fitted | {"words": fit_words(sure, right)}
+    sure, better = [], []
+    for (answer, logprob), view, (row, _) in zip(over_ranks(speak, best), best, asked):
+        if evidence := view.get("evidence"):
+            own, other = (answer_f1(text, row["answers"]) for text in (main_answer(answer), evidence["text"]))
+            if own != other:
+                sure.append((logprob, evidence["logprob"]))
+                better.append(own > other)
+    return fitted | {"words": fit_words(sure, better)}
 
 
 def calibration_features(
     engine: Engine, manager: RetrievalManager, config: Config, rows: list[dict], path: str
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray], list[tuple[dict, list[dict]]]]:
-    """What `fit_confidence` takes, of 400 questions: with what the retriever finds, and without the gold documents.
+    """What `fit_confidence` takes, of 300 questions: with what the retriever finds, and without the gold documents.
 
     And of those with it, the question and its documents one by one.
     """
     rows = [r for r in rows if r["type"] == "single"]
-    rows = random.Random(config.seed).sample(rows, min(config.max_examples, 400, len(rows)))
+    rows = random.Random(config.seed).sample(rows, min(config.max_examples, 300, len(rows)))
     found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
     there = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
     there = [(r, docs) for r, docs in there if any(_is_gold(doc, r) for doc in docs)]

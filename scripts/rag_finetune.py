@@ -49,6 +49,7 @@ class Config(TrainConfig):
     absent: float = 0.3  # share of contexts without their first question's gold document, and of near misses
     paired: float = 0.5  # share of contexts in which every question has a near miss that differs by the country only
     counterfactual: float = 0.25  # share of examples with names and answers exchanged
+    bare: float = 0.04  # share of contexts without any document: what is asked is abstained from
     reword: float = 0.4  # share of questions put into a frame that no question file has
     conversations: str = ""  # your own conversations to mix in: a .jsonl file of {"messages": [...]}
     chat_share: float = 0.03  # share of plain chat
@@ -89,7 +90,8 @@ def main(config: Config) -> dict[str, float]:
     # 3. Data
     found = retrieve_all(manager, train_rows)
     shares = (config.absent, config.paired, config.counterfactual)
-    whole = RAGMix(*shares, follow_up=0.9, max_questions=10, max_docs=config.top_k, reword=config.reword, careless=0.1)
+    usual = {"follow_up": 0.9, "max_questions": 10, "reword": config.reword, "careless": 0.1, "bare": config.bare}
+    whole = RAGMix(*shares, max_docs=config.top_k, **usual)
     one = replace(whole, max_docs=1, sentences=3)
     easier = replace(one, absent=0.15, paired=0.1)  # prose of all kinds is hard enough
     short = replace(whole, min_docs=min(2, config.top_k), sentences=3)

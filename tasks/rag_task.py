@@ -34,7 +34,7 @@ from tasks.common import Task, whole_word
 class RAGMix:
     """What a context looks like, as shares of examples."""
 
-    absent: float = 0.2  # the gold document is not among the documents; also the chance of a question's near miss
+    absent: float = 0.2  # the gold document (of two, one or both) is missing; also the chance of a near miss
     paired: float = 0.0  # every question has a near miss, and it differs by the country only
     counterfactual: float = 0.3  # names and answers exchanged
     follow_up: float = 0.7  # more than one question to the context
@@ -43,6 +43,7 @@ class RAGMix:
     max_docs: int = 5  # and at most
     reword: float = 0.0  # questions in a wording that no question file has
     careless: float = 0.0  # questions as they are typed in a hurry
+    bare: float = 0.0  # there is no document at all: the answer to whatever is asked is the abstention
     sentences: int = 0  # documents are cut to one to so many sentences, the first answer's included (0: whole)
 
 
@@ -93,9 +94,9 @@ class RAGTask(Task):
         rng, mix, row = random.Random(f"{self.seed}/{self.epoch}/{i}"), self.mix, self.rows[i]
         absent = not row["positive_ids"] or rng.random() < mix.absent
         n_docs = rng.randint(mix.min_docs, mix.max_docs)
-        gold = [] if absent else self._gold(row, rng)
-        if not row["positive_ids"]:
-            gold = self._about(row)
+        gold = self._gold(row, rng) if row["positive_ids"] else self._about(row)
+        if absent and row["positive_ids"]:  # of two documents, one may be there
+            gold = rng.sample(gold, rng.randrange(len(gold)))
         known = row | {"positive_ids": [*row["positive_ids"], *gold]}
         ids = gold + self._distractors(known, max(0, n_docs - len(gold)), rng)
         rng.shuffle(ids)
@@ -119,6 +120,8 @@ class RAGTask(Task):
         turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
+        if rng.random() < mix.bare:
+            return self._conversation(row, [], [(query, ABSTENTION, []) for query, *_ in turns])
         turns = [(careless(query, rng) if rng.random() < mix.careless else query, *rest) for query, *rest in turns]
         return self._conversation(row, [(turns[0][0], shown)], turns)
 

@@ -9,10 +9,13 @@ from test_engine import TOK, conversation, make_engine
 
 from nanochat.common import UserError
 from nanochat.documents import Document
+from nanochat.evidence import Evidence
 from nanochat.rag_utils import ABSTENTION, also_said
 from nanochat.reader import (
     BESIDE,
+    FEATURES,
     answer_each,
+    answer_together,
     answer_views,
     confidence,
     fit_confidence,
@@ -27,8 +30,23 @@ from nanochat.reader import (
 
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
-    shape = {"mean": [0.0] * 4, "scale": [1.0] * 4, "weights": [0.0, 1.0, 0.0, 0.0]}
+    shape = {"mean": [0.0] * FEATURES, "scale": [1.0] * FEATURES, "weights": [0.0, 1.0] + [0.0] * (FEATURES - 2)}
     return shape | {"usual": 0.0, "bias": bias, "beside": beside, "words": [0.0, 0.0, 1.0]}
+
+
+class Finder:
+    """An evidence reader that finds the first word of `words` that a document has."""
+
+    def __init__(self, *words: str, odds: float = 5.0):
+        self.words, self.odds, self.asked = words, odds, []
+
+    def find(self, asked):
+        self.asked += asked
+        return [self.one(docs) for _, docs in asked]
+
+    def one(self, docs):
+        there = [(w, n) for w in self.words for n, doc in enumerate(docs) if w in doc["content"].split()]
+        return Evidence(*there[0], -0.1, self.odds) if there else None
 
 
 @pytest.mark.parametrize(
@@ -56,27 +74,54 @@ def test_of_a_document_only_the_closest_sentences_are_read_in_their_order():
     assert view["messages"][0]["documents"][0]["content"] == "It is one. It is three."
 
 
-def test_who_is_not_sure_of_words_quotes_the_closest_sentence():
+def test_the_sentence_with_the_evidence_is_read_too():
+    talk = conversation("River?", "It is one. It is two. It is three.  It is four.")
+    talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one."]
+    for text, read in (("two", "It is two. It is three."), ("three", "It is one. It is three."), ("no", None)):
+        [view] = one_document_each(talk, [Evidence(text, 0, -0.1, 2.0)])
+        assert view["messages"][0]["documents"][0]["content"] == (read or "It is three.")
+        assert view["evidence"] == {"text": text, "logprob": -0.1, "cited": [1]}
+
+
+def test_what_is_said_are_the_words_that_are_rather_to_be_trusted():
     engine = make_engine(sequence_len=256)
-    heard = [(conversation("River?", "It is one. It is two."), 1.0), (conversation("River?", "two"), 0.5)]
-    heard[0][0]["messages"][0]["documents"][0] |= {"closest": ["It is two.", "It is one."], "number": 4}
+    found = lambda text, n: {"evidence": {"text": text, "logprob": -0.4, "cited": [n]}}
+    heard = [(conversation("River?", "It is one.") | found("It", 4), 1.0), (conversation("River?", "two"), 0.5)]
     said = [("one. [4]", -0.5), ("two. [5]", -0.1)]
-    fitted = by_similarity()
     for words, quote, answer in (
-        ([1.0, 0.0, 0.4], True, "It is two. [4]"),  # which says what the other document says
+        ([1.0, 0.0, 0.4], True, "It. [4] Or, by another document: two. [5]"),
         ([1.0, 0.0, 0.4], False, "one. [4] Or, by another document: two. [5]"),
         ([1.0, 0.0, 0.6], True, "one. [4] Or, by another document: two. [5]"),
-        ([0.0, 1.0, -0.6], True, "one. [4]"),  # the confidence in the other document is too low
+        ([0.0, 1.0, 0.3], True, "It. [4] Or, by another document: two. [5]"),
     ):
-        engine.model.confidence = fitted | {"words": words}
+        engine.model.confidence = by_similarity() | {"words": words}
         assert speak(engine, heard, said, quote) == answer
-    engine.model.confidence = fitted | {"words": [1.0, 0.0, 0.4]}
-    assert (
-        speak(engine, heard, [said[0], ("six. [5]", -0.1)], True) == "It is two. [4] Or, by another document: six. [5]"
-    )
-    assert speak(engine, heard, [said[0], ("six. [5]", -0.5)], True) == "It is two. [4]"
-    assert speak(engine, heard[::-1], said[::-1], True) == "two. [5]"  # others are heard if they are sure
-    assert speak(engine, heard[1:], [("one", -9.0)], True) == "one"  # there is no closest sentence
+    heard[0][0]["evidence"]["cited"] = [2, 4]  # what takes two documents isn't for the model
+    assert speak(engine, heard[:1], said[:1], True) == "It. [2][4]"
+    engine.model.confidence = None
+    assert speak(engine, heard[:1], said[:1], True) == "one. [4]"
+
+
+def test_together_documents_answer_by_the_evidence_and_who_leads_to_it_is_cited():
+    engine = make_engine(sequence_len=256)
+    talks = [
+        conversation(
+            "What is the river of Oldtown's country?", "Oldtown lies in Freedonia", "none", "of Freedonia the Rill"
+        ),
+        conversation("What is the river of Freedonia?", "Freedonia is old", "of Freedonia the Rill"),
+        conversation("River?", "none", "nothing"),
+        conversation("Hi"),
+    ]
+    own = engine.answer_batch(talks, max_tokens=9, quote=True)
+    assert answer_together(engine, talks, max_tokens=9) == own
+    engine.model.evidence = finder = Finder("Rill")
+    answers = ["Rill. [1][3]", "Rill. [2]", ABSTENTION, own[3]]
+    assert answer_together(engine, talks, max_tokens=9) == answers
+    assert [len(docs) for _, docs in finder.asked] == [3, 2, 2]
+    assert engine.model.generate_from_conversation(talks[1], read="together", max_tokens=9) == answers[1]
+    finder.odds = -0.5
+    assert answer_together(engine, talks[:1], max_tokens=9) == [ABSTENTION]
+    assert answer_together(engine, talks[:1], max_tokens=9, quote=False) == engine.answer_batch(talks[:1], max_tokens=9)
 
 
 def test_more_words_are_right_than_wrong_from_there_on():
@@ -138,7 +183,7 @@ def test_what_the_retriever_thinks_may_decide():
         doc["similarity"] = similarity
     [(_, features)] = look(engine, [talk])
     assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    by = lambda weight: by_similarity(beside=9) | {"weights": [0, weight, 0, 0]}
+    by = lambda weight: by_similarity(beside=9) | {"weights": [0, weight, 0, 0, 0]}
     assert confidence(features, by(1)) == pytest.approx([0.1 - 0.9 / 1.5, 0, 0.9 - 0.1 / 1.5])  # unknown is average
     assert confidence(features[:1], by(1) | {"usual": 0.3}) == pytest.approx([0.1 - 0.3])  # alone
     for weight, number in ((1, 3), (-1, 1)):
@@ -154,7 +199,7 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
         """Features of which the first is noise, the second tells, and the third is unknown."""
         mask = np.arange(n) == gold
         unknown = np.full(n, math.nan)
-        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, unknown, unknown], 1), mask
+        return np.stack([rng.normal(size=n), mask * 2 + rng.normal(size=n) / 4, *[unknown] * (FEATURES - 2)], 1), mask
 
     known = [documents(4, i % 4) for i in range(60)]
     unknown = [documents(4, -1)[0] for _ in range(60)]
@@ -189,7 +234,7 @@ def test_the_model_itself_answers_after_reading_one_by_one_or_together(read):
     talks = [conversation(q, "one two", "three", "x y z") for q in ("River?", "Capital?", "Where is it?")]
     alone = [heard[0][0] for heard in focus(engine, talks, 9)]
     each = words(engine, alone)
-    together = engine.answer_batch(talks, max_tokens=9)
+    together = engine.answer_batch(talks, max_tokens=9, quote=True)
     expected = each if read == "each" else together
     assert [engine.model.generate_from_conversation(c, read=read, max_tokens=9) for c in talks] == expected
     assert each != together
@@ -247,7 +292,7 @@ def test_what_was_read_once_is_not_read_again(monkeypatch):
 def test_wrong_documents_seldom_speak_beside_right_ones():
     rng = np.random.default_rng(1)
     mask = np.arange(4) == 0
-    known = [(np.stack([mask * 4 + rng.normal(size=4)] * 4, 1), mask) for _ in range(200)]
+    known = [(np.stack([mask * 4 + rng.normal(size=4)] * FEATURES, 1), mask) for _ in range(200)]
     fitted = fit_confidence(known, [f[1:] for f, _ in known])
     beside = [(confidence(f, fitted)[1:] > fitted["beside"]).any() for f, _ in known]
     assert np.mean(beside) == pytest.approx(1 - BESIDE, abs=0.005)

@@ -26,6 +26,7 @@ from scripts import (
     chat_cli,
     chat_eval,
     chat_sft,
+    evidence_train,
     mid_train,
     prepare_rag_dataset,
     rag_eval,
@@ -87,6 +88,10 @@ def world(tmp_path_factory):
         w.found["rag_finetune"] = rag_finetune.main(configure(
             rag_finetune, knowledge_base=w.kb, block_pattern="M,T", retriever_type="bm25", top_k=3, sequence_len=384,
             num_iterations=12, eval_every=0, val_examples=3,
+        ))  # fmt: skip
+        w.found["evidence_train"] = evidence_train.main(configure(
+            evidence_train, knowledge_base=w.kb, top_k=3, model_tag="d2", device_batch_size=4, num_iterations=3,
+            eval_every=0, val_examples=4,
         ))  # fmt: skip
         (home / "sides.jsonl").write_text("".join(json.dumps(disagreement(n)) + "\n" for n in range(2)))
         rows = [(i, f"What is thing {i}?", "a spoon" if i % 2 else "a fork") for i in range(4)]
@@ -226,7 +231,9 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
     monkeypatch.setattr(rag_eval, "calibration_features", found)
     monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a: {"in_vain": a[1], "abstain": a[2]})
     monkeypatch.setattr(rag_eval, "fit_words", lambda *a: [1.0, 2.0, 3.0])
-    engine = SimpleNamespace(model=SimpleNamespace(), prompt=None, room=lambda n: n, complete_batch=lambda *a, **k: [])
+    engine = SimpleNamespace(
+        model=SimpleNamespace(evidence=None), prompt=None, room=lambda n: n, complete_batch=lambda *a, **k: []
+    )
     config = rag_eval.Config(
         knowledge_base=world.kb, calibrate=f"{world.queries}/val.jsonl,{world.home}/own/queries/val.jsonl"
     )
@@ -467,7 +474,7 @@ BAD = {
                                              "--output MINE/x.json", "MINE"),
     "nothing to evaluate": (chat_eval, "--max_examples 0", "at least 1"),
     "missing model": (base_eval, "--model_tag d99", "known tags"),
-    "unknown mode": (prepare_rag_dataset, "--mode toy --output NEW", "choose example, factbook or handbooks"),
+    "unknown mode": (prepare_rag_dataset, "--mode toy --output NEW", "choose example, factbook, handbooks or fiction"),
     "no output": (prepare_rag_dataset, "--mode example", "give --output"),
     "unknown index": (prepare_rag_dataset, "--output NEW --type psychic", "unknown retriever type"),
 }  # fmt: skip

@@ -38,6 +38,7 @@ case "$*" in
 *scripts.base_train*) train base "$@" ;;
 *scripts.mid_train*) train mid "$@" ;;
 *scripts.chat_sft*) train sft "$@" ;;
+*scripts.evidence_train*) train evidence "$@" ;;
 *scripts.rag_finetune*) [ -z "${STUB_BREAKS:-}" ] || exit 7; train rag "$@" ;;
 *_eval*) name=--output; make "$(value "$@")" ;;
 esac
@@ -80,8 +81,8 @@ def times(folder: Path) -> list[str]:
     return [line.split("\t")[0] for line in (folder / "times.tsv").read_text().splitlines()]
 
 
-ALL = ["tok_train", "tok_eval", "prepare_rag_dataset", "prepare_rag_dataset", "base_train", "base_eval", "mid_train",
-       "chat_sft", "chat_eval", "rag_finetune", "rag_eval", "rag_eval"]  # fmt: skip
+ALL = ["tok_train", "tok_eval", *["prepare_rag_dataset"] * 3, "base_train", "base_eval", "mid_train",
+       "chat_sft", "chat_eval", "evidence_train", "rag_finetune", *["rag_eval"] * 3]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,11 +114,11 @@ def test_a_second_run_trains_and_evaluates_nothing_again_and_keeps_the_times(she
     before = (base / "times.tsv").read_text()
     again = speedrun(shell, **options)
     # training scripts look for themselves whether there is anything left to do
-    assert called(again) == ["base_train", "mid_train", "chat_sft", "rag_finetune", "report"]
+    assert called(again) == ["base_train", "mid_train", "chat_sft", "evidence_train", "rag_finetune", "report"]
     assert (base / "times.tsv").read_text() == before
     # a new checkpoint is evaluated, and takes the place of the old one in the times
     shutil.rmtree(base / "checkpoints" / "rag")
-    assert called(speedrun(shell, **options))[-4:] == ["rag_finetune", "rag_eval", "rag_eval", "report"]
+    assert called(speedrun(shell, **options))[-5:] == ["rag_finetune", *["rag_eval"] * 3, "report"]
     assert times(base) == [line.split("\t")[0] for line in before.splitlines()]
     assert (base / "times.tsv").read_text() != before
 
@@ -126,11 +127,7 @@ def test_a_stage_that_fails_stops_the_run_with_its_exit_code_and_the_next_run_go
     got = speedrun(shell, SPEEDRUN="smoke", STUB_BREAKS=1)
     assert got.code == 7 and "stopped in stage 'RAG SFT'" in got.err and called(got)[-1] == "rag_finetune"
     again = speedrun(shell, SPEEDRUN="smoke")
-    assert (
-        again.code == 0
-        and called(again)[-3:] == ["rag_eval", "rag_eval", "report"]
-        and "base_eval" not in called(again)
-    )
+    assert again.code == 0 and called(again)[-4:] == [*["rag_eval"] * 3, "report"] and "base_eval" not in called(again)
 
 
 def test_an_estimate_that_fails_stops_nothing(shell):
@@ -145,7 +142,8 @@ def test_only_eight_gpus_make_a_node(shell, machine, preset):
     assert got.code == 0 and f"preset {preset}," in got.out
     assert ("never been run" in got.out) == (preset == "node")
     assert (shell.home / ".cache" / "nanochat" / preset / "evals" / "rag_eval.json").exists()
-    assert (shell.home / ".cache" / "nanochat" / preset / "evals" / "rag_eval_handbooks.json").exists()
+    for name in ("handbooks", "fiction"):
+        assert (shell.home / ".cache" / "nanochat" / preset / "evals" / f"rag_eval_{name}.json").exists()
     several = any("torch.distributed.run" in line for line in got.log)
     assert several == (machine in ("2 0", "96 8"))  # one process drives one GPU; two share the cores
 
@@ -186,8 +184,9 @@ def test_a_setting_it_does_not_know_is_one_line_and_exit_code_2(shell, variables
 def test_the_readme_shows_the_commands_of_the_cpu_preset():
     script, readme = (REPO / "speedrun.sh").read_text(), (REPO / "README.md").read_text()
     flags = dict(re.findall(r'(\w+)="(.*)"', re.search(r"\ncpu\)\n(.*?);;", script, re.DOTALL)[1]))
-    for name, module in (("base", "base_train"), ("mid", "mid_train"), ("sft", "chat_sft"), ("rag", "rag_finetune")):
-        assert f"python -m scripts.{module} {flags[name]}" in readme
+    stages = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rag": "rag_finetune"}
+    for name, module in (stages | {"evidence": "evidence_train"}).items():
+        assert f"python -m scripts.{module} {flags[name].partition(' $(')[0]}" in readme  # rows for one process
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,16 +239,29 @@ TINY = "--depth=1 --n_embd 64 --block_pattern M --sequence_len 32 --device_batch
 
 def test_the_estimate_takes_the_flags_of_the_stages_as_they_are(capsys):
     fine = "--sequence_len 32 --device_batch_size 2 --num_iterations 10 --resume true"
-    given = ["--tok", "--vocab_size=400", "--base", TINY, "--mid", fine, "--sft", fine, "--rag", fine]
+    given = [
+        "--tok",
+        "--vocab_size=400",
+        "--base",
+        TINY,
+        "--mid",
+        fine,
+        "--sft",
+        fine,
+        "--rag",
+        fine,
+        "--evidence",
+        TINY_REST,
+    ]
     run(estimate.main, estimate.Config, estimate.glue([*given, "--preset", "smoke", "--device", "cpu", "--nproc", "2"]))
     out = capsys.readouterr().out
-    assert "50 steps" in out and out.count("10 steps") == 3 and "in all" in out and "not measured here" in out
+    assert "50 steps" in out and out.count("10 steps") == 4 and "in all" in out and "not measured here" in out
     assert estimate.glue(["--base", "--depth=3", "--preset", "cpu"]) == ["--base=--depth=3", "--preset", "cpu"]
 
 
 def test_the_estimate_says_what_it_does_not_know_about_a_node(capsys):
     found = estimate.main(estimate.Config("node", tok="--vocab_size 400", base=TINY, mid=TINY_REST, sft=TINY_REST,
-                                          rag=TINY_REST, device="cpu"))  # fmt: skip
+                                          rag=TINY_REST, evidence=TINY_REST, device="cpu"))  # fmt: skip
     out = capsys.readouterr().out
     assert set(found) == set(estimate.STAGES) and all(minutes > 0 for minutes in found.values())
     assert "not measured here: downloads" in out and "and the rest" in out

@@ -1,0 +1,227 @@
+"""Where do the documents say it? MiniLM, trained on to point at the words that answer a question, or to find none.
+
+    reader = load_evidence("evidence", "cpu")  # stage and tag: trained by scripts.evidence_train
+    [found] = reader.find([("Where do newts live?", [{"title": "Newts", "content": "Newts live in ponds."}])])
+    found.text, found.document, found.odds  # "ponds", 0, 9.3: above 0, the words are rather there than not
+
+A language model that was trained for minutes reads prose of the kinds it was trained on, and hardly any other: it has
+not met enough words. MiniLM, which comes with the dense retriever, has. So it reads the question and a passage as one
+text, as in BERT (1810.04805, sections 4.2 and 4.3): a linear layer gives every word piece a score for being the
+answer's first and its last, and [CLS] that of there being none. nanochat/reader.py weighs what it finds against the
+language model's own words.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat import minilm
+from nanochat.checkpoint_manager import find_checkpoint, load_checkpoint, load_weights
+from nanochat.common import UserError, cpu_has_fast_bf16, print0
+
+MAX_PIECES = 512  # word pieces of question and text: MiniLM's positions end there
+MAX_QUESTION = 96  # of them for the question
+OVERLAP = 96  # word pieces that two windows of a longer text share
+MAX_WINDOWS = 64  # of a text
+LONGEST = 40  # word pieces of an answer
+BATCH = 4096  # word pieces that are read at a time
+_SENTENCE = re.compile(r"(?:\w{4}|[\d)%\"”])[.!?][\"”]?\s+(?=[A-Z\"“])")  # where one ends; "Dr. No" is none
+WORDS = "embeddings.word_embeddings.weight"
+
+
+@dataclass
+class EvidenceConfig:
+    """What a checkpoint needs to be read again."""
+
+    encoder: str = minilm.NAME
+    sha256: str = minilm.SHA256
+
+
+@dataclass
+class Evidence:
+    """Words of a document that answer a question best."""
+
+    text: str
+    document: int  # its place among those that were read
+    logprob: float  # of these words, given that there are any
+    odds: float  # log-odds of these words to there being none
+
+
+class Pointer(nn.Module):
+    """ids and kinds (B, T) -> logits (B, T, 2) of being first and last, fp32; -inf where no answer can be.
+
+    Kinds are 0 for the question and 1 for the text; id 0 is padding. MiniLM's word vectors stay as they are.
+    """
+
+    def __init__(self, config: EvidenceConfig):
+        super().__init__()
+        if (config.encoder, config.sha256) != (minilm.NAME, minilm.SHA256):
+            raise UserError(f"this evidence reader was made from another encoder, {config.encoder}; train it again")
+        self.config = config
+        weights = minilm.load()[1]
+        self.register_buffer("words", weights[WORDS], persistent=False)
+        names = [name for name in weights if name.startswith(("embeddings.", "encoder."))]
+        kept = {name: weights[name].clone() for name in names if weights[name].is_floating_point() and name != WORDS}
+        self.encoder = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(w) for name, w in kept.items()})
+        self.head = nn.Linear(minilm.DIMS, 2)
+        nn.init.zeros_(self.head.bias)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, ids: Tensor, kinds: Tensor) -> Tensor:
+        w = {name.replace("/", "."): p for name, p in self.encoder.items()} | {WORDS: self.words}
+        logits = self.head(minilm.forward(w, ids, ids != 0, kinds)).float()
+        able = (kinds == 1) & (ids != minilm.SEP)
+        able[:, 0] = True
+        return logits.masked_fill(~able[..., None], -torch.inf)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """All parameters for AdamW; vectors aren't decayed."""
+        adam = {"kind": "adamw", "lr": lr, "betas": (0.9, 0.98), "eps": 1e-8}
+        matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+        return [
+            {"name": "matrices", "params": matrices, "weight_decay": weight_decay, **adam},
+            {"name": "vectors", "params": vectors, "weight_decay": 0.0, **adam},
+        ]
+
+
+class EvidenceReader:
+    """A trained Pointer that reads text. `told` (tag, step, sha256) says which checkpoint it is."""
+
+    def __init__(self, net: Pointer, told: dict | None = None):
+        self.net, self.told = net.eval().requires_grad_(False), told
+        if next(net.parameters()).device.type == "cpu" and cpu_has_fast_bf16():
+            net.to(torch.bfloat16)
+
+    @torch.inference_mode()
+    def find(self, asked: Sequence[tuple[str, Sequence[dict]]]) -> list[Evidence | None]:
+        """For each question and its documents (of which title and content are read, all as one text) the best words.
+
+        None where there is nothing to read. A text of more than `MAX_PIECES` is read in windows.
+        """
+        windows = [(n, window) for n, (question, docs) in enumerate(asked) for window in read_pair(question, docs)]
+        windows.sort(key=lambda one: -len(one[1].ids))
+        best: list[Evidence | None] = [None] * len(asked)
+        device = self.net.words.device
+        while windows:
+            size = max(1, BATCH // len(windows[0][1].ids))
+            batch, windows = windows[:size], windows[size:]
+            ids, kinds = (x.to(device) for x in stack([window for _, window in batch]))
+            for (n, window), logits in zip(batch, self.net(ids, kinds).float().cpu().numpy()):
+                found = _best(window, logits, asked[n][1])
+                if found and (best[n] is None or found.odds > best[n].odds):
+                    best[n] = found
+        return best
+
+
+@dataclass
+class Window:
+    """A question and a piece of text: word pieces, kinds (0 question, 1 text), and where each stands in the text."""
+
+    ids: list[int]
+    kinds: list[int]
+    places: list[tuple[int, int]]
+
+
+def shown_text(docs: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """What is read of documents, and where each stands in it."""
+    text, places = "", []
+    for doc in docs:
+        start = len(text)
+        text += f"{doc.get('title', '')}. {' '.join(doc['content'].split())}"
+        places.append((start, len(text)))
+        text += "\n"
+    return text, places
+
+
+def read_pair(question: str, docs: Sequence[dict]) -> list[Window]:
+    """Question and documents as windows that MiniLM can read."""
+    asked = minilm.load()[0].encode(question, add_special_tokens=False)
+    if len(asked.ids) > MAX_QUESTION:
+        question = question[: asked.offsets[MAX_QUESTION][0]]
+    found = _tokenizer().encode(question, shown_text(docs)[0])
+    return [Window(e.ids, e.type_ids, e.offsets) for e in [found, *found.overflowing][:MAX_WINDOWS] if 1 in e.type_ids]
+
+
+def stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Windows -> ids and kinds (B, T), int64, filled up with zeros to a multiple of 16."""
+    width = -(-max(len(window.ids) for window in windows) // 16) * 16
+    pad = lambda row: row + [0] * (width - len(row))
+    return torch.tensor([pad(w.ids) for w in windows]), torch.tensor([pad(w.kinds) for w in windows])
+
+
+def pointer_loss(net: Pointer, ids: Tensor, targets: Tensor, kinds: Tensor) -> Tensor:
+    """Mean cross-entropy of first and last piece; targets (B, 2) are their places, 0 where there is no answer.
+
+    In bf16 where the machine is fast at it, like the other stages (weights stay fp32).
+    """
+    kind = ids.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or (kind == "cpu" and cpu_has_fast_bf16())):
+        logits = net(ids, kinds)
+    return (F.cross_entropy(logits[..., 0], targets[:, 0]) + F.cross_entropy(logits[..., 1], targets[:, 1])) / 2
+
+
+def load_evidence(source: str, tag: str = "", step: int = 0, device: str | torch.device = "cpu") -> EvidenceReader:
+    """The evidence reader of a checkpoint; the arguments are find_checkpoint's. Raises UserError if there is none."""
+    path = find_checkpoint(source, tag or None, step or None)
+    print0(f"loading {path}")
+    weights, meta = load_checkpoint(path)
+    try:
+        net = Pointer(EvidenceConfig(**meta["model_config"]))
+    except TypeError as e:
+        raise UserError(f"{path} is no evidence reader's checkpoint: {e}") from e
+    load_weights(net, weights, path)
+    told = {"tag": meta["tag"], "step": meta["step"], "sha256": meta["model_file"]["sha256"]}
+    return EvidenceReader(net.to(device), told)
+
+
+def evidence_of(told: dict, device: str | torch.device = "cpu") -> EvidenceReader | None:
+    """The evidence reader that a model was calibrated with; `told` is meta.json's "evidence". None, and a line that
+    says so, if it isn't there any more.
+    """
+    try:
+        reader = load_evidence("evidence", told["tag"], told["step"], device)
+        if reader.told["sha256"] != told["sha256"]:
+            raise UserError("it has been trained anew")
+        return reader
+    except (KeyError, TypeError, UserError) as e:
+        print0(f"without the evidence reader it was calibrated with ({e}): run scripts.rag_eval --calibrate again")
+        return None
+
+
+@lru_cache(maxsize=1)
+def _tokenizer():
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(minilm.load()[0].to_str())  # its own settings
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(MAX_PIECES, stride=OVERLAP, strategy="only_second")
+    return tokenizer
+
+
+def _best(window: Window, logits: np.ndarray, docs: Sequence[dict]) -> Evidence | None:
+    """The likeliest words of one document in a window, whose `logits` are (T, 2)."""
+    text, documents = shown_text(docs)
+    logits = logits[: len(window.ids)]
+    if not np.isfinite(logits[1:]).any():
+        return None
+    first, last = logits.T - np.logaddexp.reduce(logits[1:], axis=0)[:, None]  # given that it isn't [CLS]
+    n = len(first)
+    scores = first[:, None] + last
+    scores[~np.triu(np.ones((n, n), bool)) | np.triu(np.ones((n, n), bool), LONGEST)] = -np.inf
+    scores[0] = -np.inf
+    of = np.array([next((k for k, (_, end) in enumerate(documents) if a < end), -1) for a, _ in window.places])
+    ends = [found.end() for found in _SENTENCE.finditer(text)]
+    of = of * (len(ends) + 1) + np.searchsorted(ends, [a for a, _ in window.places], side="right")
+    scores[of[:, None] != of] = -np.inf  # an answer stands in one sentence of one document
+    a, b = divmod(int(scores.argmax()), n)
+    if not np.isfinite(scores[a, b]):
+        return None
+    start, end = window.places[a][0], window.places[b][1]
+    odds = logits[a, 0] + logits[b, 1] - logits[0].sum()
+    return Evidence(text[start:end].strip(" .,;:"), int(of[a]) // (len(ends) + 1), float(scores[a, b]), float(odds))

@@ -1,0 +1,117 @@
+"""Train the evidence reader: MiniLM learns to point at the words of documents that answer a question.
+
+    python -m scripts.evidence_train --knowledge_base data/rag_examples/knowledge_base --model_tag cpu
+    torchrun --standalone --nproc_per_node=2 -m scripts.evidence_train --knowledge_base KB --model_tag cpu
+
+Questions are those of `--queries` (default: the `queries/` folder beside the knowledge base), of handbooks about
+everything (tasks/handbooks.py) and of an invented world (tasks/fiction.py), with and without the document that answers,
+drawn as for RAG fine-tuning (tasks/rag_task.py): excerpts, whole documents, several at once, what takes two of them.
+Starts from the packaged MiniLM and needs no language model. scripts.rag_eval --calibrate learns how much weight it
+gets beside the language model of the same tag (nanochat/evidence.py, nanochat/reader.py).
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanochat.common import UserError, init_distributed
+from nanochat.config import run
+from nanochat.evidence import EvidenceConfig, Pointer, pointer_loss
+from nanochat.retrieval import RetrievalManager
+from nanochat.train import Eval, TrainConfig, train
+from tasks.common import MixStream
+from tasks.evidence import PairLoader, PointerStream, pointing_eval
+from tasks.factbook import load_queries
+from tasks.fiction import make_world
+from tasks.handbooks import HandbookTask, load_handbooks
+from tasks.rag_task import RAGMix, RAGTask
+from tasks.retrieval_qa import retrieve_all
+
+
+@dataclass
+class Config(TrainConfig):
+    knowledge_base: str = ""  # folder of the knowledge base (python -m nanochat.retrieval prepare_kb makes one)
+    queries: str = ""  # folder with train.jsonl and val.jsonl; empty: ../queries seen from the knowledge base
+    retriever_type: str = "bm25"  # who finds distractors: simple, bm25, dense or hybrid
+    top_k: int = 5  # documents in a context, at most
+    model_tag: str = "evidence"  # name of the run's folder; rag_eval looks for the language model's
+    num_iterations: int = 400  # optimizer steps
+    device_batch_size: int = 32  # rows of sequence_len word pieces per micro-batch and process
+    sequence_len: int = 128  # word pieces a row; what is longer or shorter makes fewer or more rows of it
+    pointer_lr: float = 2e-4  # learning rate (AdamW)
+    weight_decay: float = 0.01  # of matrices, decoupled
+    warmup_ratio: float = 0.05  # share of the run in which the learning rate rises linearly from 0
+    warmdown_ratio: float = 0.9  # share of the run in which it falls linearly, at the end
+    fiction_share: float = 0.25  # share of contexts from an invented world (tasks/fiction.py)
+    handbook_share: float = 0.4  # share of contexts from handbooks (tasks/handbooks.py)
+    two_hop_share: float = 0.08  # share of all contexts that hold several documents, of which the question takes two
+    several_share: float = 0.1  # share of all contexts that hold several documents
+    whole_share: float = 0.1  # share of all contexts that hold a whole one; the rest: an excerpt
+    val_examples: int = 200  # questions a validation
+
+
+def main(config: Config) -> dict[str, float]:
+    # 1. Knowledge base and questions
+    if not config.knowledge_base:
+        raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
+    d = init_distributed(config.device)
+    manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
+    documents = {doc.id: doc.to_dict() for doc in manager.documents}
+    queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
+    train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")
+    world, books = make_world("train"), load_handbooks("train")
+    found = retrieve_all(manager, train_rows)
+
+    # 2. What is practised: of three sources excerpts of one document, whole ones, several at once, and what takes two
+    usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
+    easier = replace(usual, absent=0.25, paired=0.1)
+    several = {"min_docs": min(2, config.top_k), "max_docs": config.top_k, "sentences": 3}
+    sizes = {"whole": {}, "several": several, "two_hop": several | {"follow_up": 0.0}, "excerpt": {"sentences": 3}}
+    sources = {
+        "queries": (RAGTask, train_rows, documents, usual),
+        "fiction": (RAGTask, world.queries, world.documents, usual),
+        "handbook": (HandbookTask, books.queries, books.documents, easier),
+    }
+    shares = {name: getattr(config, f"{name}_share") for name in ("fiction", "handbook", "whole", "several", "two_hop")}
+    shares["queries"] = 1 - shares["fiction"] - shares["handbook"]
+    shares["excerpt"] = 1 - shares["whole"] - shares["several"] - shares["two_hop"]
+    streams, weights = {}, {}
+    for size, how in sizes.items():
+        for name, (kind, rows, docs, mix) in sources.items():
+            seed = config.seed + len(streams)
+            chosen = [r for r in rows if size != "two_hop" or r["type"] == "two_hop"]
+            hits = {r["id"]: found.get(r["id"], []) for r in chosen} if name == "queries" else {}
+            if chosen:
+                task = kind(chosen, docs, replace(mix, **how), hits, seed)
+                streams[f"{name} {size}"] = PointerStream(task, seed)
+                weights[f"{name} {size}"] = shares[name] * shares[size]
+    stream = MixStream(streams, weights, config.seed, d.world_size)
+    loader = PairLoader(stream, config.device_batch_size, config.sequence_len, d.rank, d.world_size)
+
+    # 3. Validation on other entities, another invented world, other handbooks; half without their document
+    single = [r for r in val_rows if r["type"] == "single"] or val_rows
+    invented, unread = make_world("val", 200), load_handbooks("val")
+    one = RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1)
+    two = replace(one, absent=0.3, min_docs=config.top_k, max_docs=config.top_k, sentences=3)
+    asked = {
+        "one": RAGTask(single, documents, one),
+        "handbook": RAGTask([r for r in unread.queries if r["type"] == "single"], unread.documents, one),
+        "fiction": RAGTask([r for r in invented.queries if r["type"] == "single"], invented.documents, one),
+    }
+    if hops := [r for r in val_rows if r["type"] == "two_hop"]:
+        asked["two_hop"] = RAGTask(hops, documents, two)
+    evals = [
+        Eval(name, config.eval_every, pointing_eval(task, config.val_examples, f"{name}_"))
+        for name, task in asked.items()
+    ]
+
+    # 4. Train
+    net = Pointer(EvidenceConfig())
+    return train(
+        net, loader, config, source="evidence", tokenizer=None, loss_fn=pointer_loss, evals=evals, dist_info=d,
+        param_groups=net.param_groups(config.pointer_lr, config.weight_decay),
+        meta={"knowledge_base": config.knowledge_base},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main, Config)
