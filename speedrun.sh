@@ -90,7 +90,8 @@ fi
 begin=$SECONDS
 
 product() { # product WHAT: the file that is new when WHAT is: for a training stage in the last checkpoint, else WHAT
-    case $1 in
+    case $1 in # what answers is both the language model and the evidence reader
+    answers) ls -t "$out"/checkpoints/{evidence,rag}/"$tag"/step_*/meta.json 2>/dev/null | head -n 1 ;;
     base | mid | sft | evidence | rag) ls "$out/checkpoints/$1/$tag"/step_*/meta.json 2>/dev/null | tail -n 1 ;;
     *) echo "$1" ;;
     esac
@@ -173,14 +174,14 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
         $run scripts.evidence_train --model_tag $tag --knowledge_base "$kb" --resume true --save_every 100 $evidence
     stage "RAG SFT" rag - \
         $run scripts.rag_finetune --model_tag $tag --knowledge_base "$kb" --retriever_type bm25 $common $rag
-    evaluate "RAG evaluation" rag_eval rag rag_eval --model_tag $tag --max_examples $n --retriever_type $retriever \
+    evaluate "RAG evaluation" rag_eval answers rag_eval --model_tag $tag --max_examples $n --retriever_type $retriever \
         --knowledge_base "$kb" --queries "$data/queries/test.jsonl" \
         --calibrate "$data/queries/val.jsonl,$books/queries/val.jsonl,$world/queries/val.jsonl"
     rows="oracle,retrieved,retrieved_together,distractors_only,unanswerable,two_hop"
-    evaluate "handbook evaluation" rag_eval_handbooks rag rag_eval --model_tag $tag --max_examples $n \
+    evaluate "handbook evaluation" rag_eval_handbooks answers rag_eval --model_tag $tag --max_examples $n \
         --retriever_type $retriever --knowledge_base "$books/knowledge_base" --queries "$books/queries/test.jsonl" \
         --rows $rows
-    evaluate "invented world's evaluation" rag_eval_fiction rag rag_eval --model_tag $tag --max_examples $n \
+    evaluate "invented world's evaluation" rag_eval_fiction answers rag_eval --model_tag $tag --max_examples $n \
         --retriever_type $retriever --knowledge_base "$world/knowledge_base" --queries "$world/queries/test.jsonl" \
         --rows closed_book,$rows,contradictory_dated,contradictory_undated
 }

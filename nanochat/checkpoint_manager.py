@@ -365,7 +365,7 @@ def load_model(
     if phase == "eval" and confidence and meta.get("evidence"):
         from nanochat.evidence import evidence_of  # it needs this module
 
-        model.evidence = evidence_of(meta["evidence"], device)
+        model.evidence = evidence_of(meta["evidence"], device, dtype)
     model.to(device)
     if phase == "eval":
         model.eval().requires_grad_(False)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from nanochat import minilm
 from nanochat.checkpoint_manager import find_checkpoint, load_checkpoint, load_weights
-from nanochat.common import UserError, cpu_has_fast_bf16, print0
+from nanochat.common import UserError, pick_dtype, print0
+from nanochat.documents import valid_unicode
 
 MAX_PIECES = 512  # word pieces of question and text: MiniLM's positions end there
 MAX_QUESTION = 96  # of them for the question
@@ -59,6 +60,8 @@ class Pointer(nn.Module):
     Kinds are 0 for the question and 1 for the text; id 0 is padding. MiniLM's word vectors stay as they are.
     """
 
+    compute_dtype = torch.float32  # of training, where weights stay fp32
+
     def __init__(self, config: EvidenceConfig):
         super().__init__()
         if (config.encoder, config.sha256) != (minilm.NAME, minilm.SHA256):
@@ -80,6 +83,9 @@ class Pointer(nn.Module):
         able[:, 0] = True
         return logits.masked_fill(~able[..., None], -torch.inf)
 
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        self.compute_dtype = dtype
+
     def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """All parameters for AdamW; vectors aren't decayed."""
         adam = {"kind": "adamw", "lr": lr, "betas": (0.9, 0.98), "eps": 1e-8}
@@ -93,18 +99,19 @@ class Pointer(nn.Module):
 class EvidenceReader:
     """A trained Pointer that reads text. `told` (tag, step, sha256) says which checkpoint it is."""
 
-    def __init__(self, net: Pointer, told: dict | None = None):
+    def __init__(self, net: Pointer, told: dict | None = None, dtype: str = "auto"):
         self.net, self.told = net.eval().requires_grad_(False), told
-        if next(net.parameters()).device.type == "cpu" and cpu_has_fast_bf16():
-            net.to(torch.bfloat16)
+        net.to(pick_dtype(net.words.device.type, dtype))
 
     @torch.inference_mode()
     def find(self, asked: Sequence[tuple[str, Sequence[dict]]]) -> list[Evidence | None]:
         """For each question and its documents (of which title and content are read, all as one text) the best words.
 
-        None where there is nothing to read. A text of more than `MAX_PIECES` is read in windows.
+        None where nothing can answer. A text of more than `MAX_PIECES` is read in windows, the first `MAX_WINDOWS`.
         """
-        windows = [(n, window) for n, (question, docs) in enumerate(asked) for window in read_pair(question, docs)]
+        shown = [shown_text(docs) for _, docs in asked]
+        pairs = [read_pair(question, text) for (question, _), (text, _) in zip(asked, shown)]
+        windows = [(n, window) for n, pair in enumerate(pairs) for window in pair]
         windows.sort(key=lambda one: -len(one[1].ids))
         best: list[Evidence | None] = [None] * len(asked)
         device = self.net.words.device
@@ -113,7 +120,7 @@ class EvidenceReader:
             batch, windows = windows[:size], windows[size:]
             ids, kinds = (x.to(device) for x in stack([window for _, window in batch]))
             for (n, window), logits in zip(batch, self.net(ids, kinds).float().cpu().numpy()):
-                found = _best(window, logits, asked[n][1])
+                found = _best(window, logits, *shown[n])
                 if found and (best[n] is None or found.odds > best[n].odds):
                     best[n] = found
         return best
@@ -133,18 +140,19 @@ def shown_text(docs: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
     text, places = "", []
     for doc in docs:
         start = len(text)
-        text += f"{doc.get('title', '')}. {' '.join(doc['content'].split())}"
+        text += valid_unicode(f"{doc.get('title', '')}. {' '.join(doc['content'].split())}")
         places.append((start, len(text)))
         text += "\n"
     return text, places
 
 
-def read_pair(question: str, docs: Sequence[dict]) -> list[Window]:
-    """Question and documents as windows that MiniLM can read."""
+def read_pair(question: str, text: str) -> list[Window]:
+    """A question and a text (`shown_text`) as windows that MiniLM can read."""
+    question = valid_unicode(question)
     asked = minilm.load()[0].encode(question, add_special_tokens=False)
     if len(asked.ids) > MAX_QUESTION:
         question = question[: asked.offsets[MAX_QUESTION][0]]
-    found = _tokenizer().encode(question, shown_text(docs)[0])
+    found = _tokenizer().encode(question, text)
     return [Window(e.ids, e.type_ids, e.offsets) for e in [found, *found.overflowing][:MAX_WINDOWS] if 1 in e.type_ids]
 
 
@@ -158,15 +166,16 @@ def stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
 def pointer_loss(net: Pointer, ids: Tensor, targets: Tensor, kinds: Tensor) -> Tensor:
     """Mean cross-entropy of first and last piece; targets (B, 2) are their places, 0 where there is no answer.
 
-    In bf16 where the machine is fast at it, like the other stages (weights stay fp32).
+    In bf16 where that is the compute dtype; weights stay fp32.
     """
-    kind = ids.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or (kind == "cpu" and cpu_has_fast_bf16())):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=net.compute_dtype == torch.bfloat16):
         logits = net(ids, kinds)
     return (F.cross_entropy(logits[..., 0], targets[:, 0]) + F.cross_entropy(logits[..., 1], targets[:, 1])) / 2
 
 
-def load_evidence(source: str, tag: str = "", step: int = 0, device: str | torch.device = "cpu") -> EvidenceReader:
+def load_evidence(
+    source: str, tag: str = "", step: int = 0, device: str | torch.device = "cpu", dtype: str = "auto"
+) -> EvidenceReader:
     """The evidence reader of a checkpoint; the arguments are find_checkpoint's. Raises UserError if there is none."""
     path = find_checkpoint(source, tag or None, step or None)
     print0(f"loading {path}")
@@ -177,15 +186,15 @@ def load_evidence(source: str, tag: str = "", step: int = 0, device: str | torch
         raise UserError(f"{path} is no evidence reader's checkpoint: {e}") from e
     load_weights(net, weights, path)
     told = {"tag": meta["tag"], "step": meta["step"], "sha256": meta["model_file"]["sha256"]}
-    return EvidenceReader(net.to(device), told)
+    return EvidenceReader(net.to(device), told, dtype)
 
 
-def evidence_of(told: dict, device: str | torch.device = "cpu") -> EvidenceReader | None:
+def evidence_of(told: dict, device: str | torch.device = "cpu", dtype: str = "auto") -> EvidenceReader | None:
     """The evidence reader that a model was calibrated with; `told` is meta.json's "evidence". None, and a line that
     says so, if it isn't there any more.
     """
     try:
-        reader = load_evidence("evidence", told["tag"], told["step"], device)
+        reader = load_evidence("evidence", told["tag"], told["step"], device, dtype)
         if reader.told["sha256"] != told["sha256"]:
             raise UserError("it has been trained anew")
         return reader
@@ -204,9 +213,8 @@ def _tokenizer():
     return tokenizer
 
 
-def _best(window: Window, logits: np.ndarray, docs: Sequence[dict]) -> Evidence | None:
-    """The likeliest words of one document in a window, whose `logits` are (T, 2)."""
-    text, documents = shown_text(docs)
+def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[int, int]]) -> Evidence | None:
+    """The likeliest words of one document in a window of `text`, whose `logits` are (T, 2)."""
     logits = logits[: len(window.ids)]
     if not np.isfinite(logits[1:]).any():
         return None
@@ -222,6 +230,6 @@ def _best(window: Window, logits: np.ndarray, docs: Sequence[dict]) -> Evidence 
     a, b = divmod(int(scores.argmax()), n)
     if not np.isfinite(scores[a, b]):
         return None
-    start, end = window.places[a][0], window.places[b][1]
+    words = text[window.places[a][0] : window.places[b][1]].strip(" .,;:")
     odds = logits[a, 0] + logits[b, 1] - logits[0].sum()
-    return Evidence(text[start:end].strip(" .,;:"), int(of[a]) // (len(ends) + 1), float(scores[a, b]), float(odds))
+    return Evidence(words, int(of[a]) // (len(ends) + 1), float(scores[a, b]), float(odds)) if words else None

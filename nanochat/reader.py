@@ -6,8 +6,9 @@
 A small model reads one document well and loses its way among five. So each stands alone in a context, under the number
 it has among the others, and the answer comes from the one that speaks most for itself, as in OPRM (2505.07793), which
 goes by the entropy of the answer; how probable the sentence is that the model abstains with was at hand (the two were
-not compared). What the retriever thinks is added to it (`confidence`, learned by scripts.rag_eval --calibrate). Of a
-document only the sentences are read that the retriever finds closest to the question, if it compares sentences.
+not compared). What the retriever and an evidence reader think is added to it (`confidence`, learned by scripts.rag_eval
+--calibrate). Of a document the model reads the sentences that the retriever finds closest to the question, if it
+compares sentences, and the one that the evidence reader points into.
 
 Where that is convincing enough to answer, either the model's own words are taken or those that an evidence reader
 points at (nanochat/evidence.py), whichever calibration found better to trust. Where other documents are convincing,
@@ -19,16 +20,18 @@ A question that takes two documents at once can't be asked this way: `answer_tog
 import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanochat.documents import tokenize
 from nanochat.engine import Engine
-from nanochat.evidence import Evidence
 from nanochat.passages import sentences
-from nanochat.rag_utils import ABSTENTION, also_said
+from nanochat.rag_utils import ABSTENTION, also_said, strip_citations
 from nanochat.tokenizer import check_conversation
+
+if TYPE_CHECKING:
+    from nanochat.evidence import Evidence
 
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
 FEATURES = 5  # of a document: what `look` gives
@@ -82,7 +85,7 @@ def asks(conversation: dict) -> str:
 
 def point(
     engine: Engine, asked: Sequence[tuple[str, Sequence[dict]]], known: dict | None = None
-) -> list[Evidence | None]:
+) -> "list[Evidence | None]":
     """What the model's evidence reader finds for questions in documents; None for each if the model has none."""
     if engine.model.evidence is None:
         return [None] * len(asked)
@@ -162,7 +165,9 @@ def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tu
     A context's answer is in the model's own words, or if those are less to be trusted in the evidence reader's.
     """
     answers = [
-        own if not quote or own_words(engine, view, logprob) else _pointed(view)
+        own
+        if not quote or own_words(engine, view, logprob)
+        else _pointed(view["evidence"]["text"], view["evidence"]["number"])
         for (view, _), (own, logprob) in zip(heard, said)
     ]
     others = [(answer, date_of(view)) for answer, (view, _) in zip(answers[1:], heard[1:])]
@@ -171,17 +176,18 @@ def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tu
 
 def own_words(engine: Engine, view: dict, logprob: float) -> bool:
     """Whether over this context the model's own words, of this mean log-probability, are rather right than what the
-    evidence reader points at. Always where there is nothing, never where it took several documents.
+    evidence reader points at. Always where that is nothing.
     """
     evidence = view.get("evidence")
     if not evidence or engine.model.confidence is None:
         return True
     known = (max(logprob, -1e6), evidence["logprob"], 1.0)
-    return len(evidence["cited"]) == 1 and np.dot(engine.model.confidence["words"], known) > 0
+    return bool(np.dot(engine.model.confidence["words"], known) > 0)
 
 
-def _pointed(view: dict) -> str:
-    return f"{view['evidence']['text']}. " + "".join(f"[{n}]" for n in view["evidence"]["cited"])
+def _pointed(text: str, *numbers: int) -> str:
+    """Words of a document as an answer; what looks like a citation in them is none."""
+    return f"{strip_citations(text)}. " + "".join(f"[{number}]" for number in sorted(numbers))
 
 
 def stream_each(
@@ -242,7 +248,8 @@ def answer_together(
 
     By the evidence reader, which abstains where its odds are against it, over the sentences that are closest in each;
     its words' document is cited, and one that has names of the question which that one lacks. By the language model
-    where there is no such reader or no document, or where it needn't `quote`. `more` is Engine.answer_batch's.
+    where there is no such reader or no document, or where it needn't `quote`. `more` is Engine.answer_batch's: an
+    evidence reader isn't sampled from.
     """
     read = [n for n, c in enumerate(conversations) if quote and engine.model.evidence and _documents(c)]
     views = {n: [_documents(view)[0] for view in one_document_each(check_conversation(conversations[n]))] for n in read}
@@ -252,13 +259,13 @@ def answer_together(
     return [_cite(asks(c), views[n], found[n]) if n in views else next(own) for n, c in enumerate(conversations)]
 
 
-def _cite(question: str, docs: Sequence[dict], found: Evidence | None) -> str:
+def _cite(question: str, docs: Sequence[dict], found: "Evidence | None") -> str:
     if found is None or found.odds <= 0:
         return ABSTENTION
     lacks = names_in(question) - _told(docs[found.document])
     leads = max(range(len(docs)), key=lambda n: (len(lacks & _told(docs[n])), -n))
-    cited = {docs[found.document]["number"]} | ({docs[leads]["number"]} if lacks & _told(docs[leads]) else set())
-    return f"{found.text}. " + "".join(f"[{number}]" for number in sorted(cited))
+    cited = {found.document, leads} if lacks & _told(docs[leads]) else {found.document}
+    return _pointed(found.text, *(docs[n]["number"] for n in cited))
 
 
 def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
@@ -284,7 +291,7 @@ def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
 
 
 def fit_confidence(
-    answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray], abstain: float = 0.86
+    answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray], abstain: float
 ) -> dict:
     """Weights for `confidence` from validation questions, each with its documents' features.
 
@@ -316,7 +323,7 @@ def fit_confidence(
 
 def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> list[float]:
     """Weights of the own words' mean log-probability and of the evidence's log-probability, and a bias: where they add
-    up to more than 0, the own words are rather `better`. From validation questions where just one of the two is right.
+    up to more than 0, the own words are rather `better`. From validation questions where their F1 differs.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -327,7 +334,7 @@ def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> li
     return [*map(float, model.coef_[0]), float(model.intercept_[0])]
 
 
-def one_document_each(conversation: dict, found: Sequence[Evidence | None] = ()) -> list[dict]:
+def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = ()) -> list[dict]:
     """The conversation once for each document in it, alone, under the number it had, and cut to what is `closest` and
     the sentence in which words were `found`.
     """
@@ -347,17 +354,20 @@ def one_document_each(conversation: dict, found: Sequence[Evidence | None] = ())
             rest = [only if i == at else m for i, m in enumerate(messages) if i == at or m["role"] != "retrieval"]
             view = {**conversation, "messages": rest}
             if evidence:
-                view["evidence"] = {"text": evidence.text, "logprob": evidence.logprob, "cited": [number]}
+                view["evidence"] = {"text": evidence.text, "logprob": evidence.logprob, "number": number}
             views.append(view)
     return views
 
 
-def _with(close: list[str], content: str, evidence: Evidence | None) -> list[str]:
+def _with(close: list[str], content: str, evidence: "Evidence | None") -> list[str]:
     """The closest sentences, the last of them replaced by the one with the evidence if none has it."""
-    if evidence is None or any(evidence.text in " ".join(sentence.split()) for sentence in close):
+    if evidence is None:
         return close
-    holds = (told for told in sentences(content) if evidence.text in " ".join(told.split()))
-    return [*close[: max(1, len(close) - 1)], *islice(holds, 1)]
+    there = re.compile(rf"(?<!\w){re.escape(evidence.text)}(?!\w)")
+    holds = lambda sentence: there.search(" ".join(sentence.split()))
+    if any(map(holds, close)) or not (held := next(filter(holds, sentences(content)), None)):
+        return close
+    return [*close[: max(1, len(close) - 1)], held]
 
 
 def date_of(view: dict) -> str:

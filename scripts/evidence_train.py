@@ -50,6 +50,13 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> dict[str, float]:
+    for name in ("dry_run", "compile", "gradient_checkpointing"):
+        if getattr(config, name):
+            raise UserError(f"--{name} isn't for the evidence reader")
+    for name in ("top_k", "sequence_len", "device_batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
+
     # 1. Knowledge base and questions
     if not config.knowledge_base:
         raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
@@ -79,7 +86,7 @@ def main(config: Config) -> dict[str, float]:
         for name, (kind, rows, docs, mix) in sources.items():
             seed = config.seed + len(streams)
             chosen = [r for r in rows if size != "two_hop" or r["type"] == "two_hop"]
-            hits = {r["id"]: found.get(r["id"], []) for r in chosen} if name == "queries" else {}
+            hits = found if name == "queries" else {}
             if chosen:
                 task = kind(chosen, docs, replace(mix, **how), hits, seed)
                 streams[f"{name} {size}"] = PointerStream(task, seed)

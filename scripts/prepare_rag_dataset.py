@@ -70,6 +70,7 @@ def main(config: Config) -> None:
         documents = [Document.from_dict(doc) for split in SPLITS for doc in made[split].documents.values()]
         queries = {split: made[split].queries for split in SPLITS}
         built_from = " ".join(sha256_of(path) for path in sorted((DATA / config.mode).glob("*.txt")))
+        built_from += f" {ENTITIES}" if config.mode == "fiction" else ""
     else:
         source = DATA / "factbook" / "knowledge_base" / "documents.jsonl"
         documents, built_from = read_documents(source), sha256_of(source)

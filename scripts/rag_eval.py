@@ -9,7 +9,7 @@ Every row asks questions of `--queries` in another setting:
     oracle              the gold document alone
     oracle_distractors_p1 ... _pk   the gold document at position 1 ... k among what else the retriever finds
     retrieved           what the retriever finds in the whole knowledge base, whether the gold is there or not
-    retrieved_together  the same, all documents in one context
+    retrieved_together  the same, all documents at once
     retrieved_held_out_wording   the same for questions whose `wording` is "held_out": phrased as none in training
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     counterfactual      the gold document with names and answers exchanged: what the weights remember is of no use
@@ -23,21 +23,21 @@ Every row asks questions of `--queries` in another setting:
     retrieved_simple, retrieved_bm25 ...   with another retriever than the knowledge base's own
 
 With `--read each` (the default) every document is read alone and the answer comes from the one that speaks most for
-itself (nanochat/reader.py). How the model's odds and the retriever's opinion are weighed, and from where on it is
-better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with the checkpoint; it takes several files
-(commas between them), and one that has a knowledge base of its own, Q/../knowledge_base, is asked of that. With
-`--read together` all stand in one context, as they always do in `two_hop` and `retrieved_together`.
+itself (nanochat/reader.py). How the model's odds, an evidence reader's and the retriever's opinion are weighed, whose
+words are said, and from where on it is better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with
+the checkpoint; it takes several files (commas between them), and one that has a knowledge base of its own,
+Q/../knowledge_base, is asked of that. With `--read together` all are one text to the evidence reader, or one context
+to the language model where it was calibrated without; always so in `two_hop` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
-those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in it
-(a quoted sentence may hold the answer without being it); of documents that disagree, what is said first counts, in
-contradictory_undated both sides, half each. hallucination: answered, and no shown document holds the
-answer. Citation precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and
-could be; a single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question
-and documents to the first token of the answer (to all of it where a calibrated model weighs its words before it
-speaks), ten asked one at a time; tokens: what the model reads for them, on
-average. With `--quote true` an answer is always some document's words, so that hallucination says little: look at f1.
-Intervals are 95 % bootstrap.
+those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in
+it (a quoted sentence may hold the answer without being it); of documents that disagree, what is said first counts, in
+contradictory_undated both sides, half each. hallucination: answered, and no shown document holds the answer. Citation
+precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and could be; a
+single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question and
+documents to the first token of the answer (to all of it where a calibrated model weighs its words before it speaks),
+ten asked one at a time; tokens: what the language model reads for them, on average, or would. With `--quote true` an
+answer is always some document's words, so that hallucination says little: look at f1. Intervals are 95 % bootstrap.
 """
 
 import math
@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -68,7 +69,6 @@ from nanochat.common import (
 from nanochat.config import run
 from nanochat.documents import Document
 from nanochat.engine import Engine
-from nanochat.evidence import EvidenceReader, load_evidence
 from nanochat.knowledge_base import kb_info, kb_serves
 from nanochat.rag_utils import (
     ABSTENTION,
@@ -102,6 +102,9 @@ from nanochat.retrieval import RetrievalManager
 from tasks.factbook import load_queries
 from tasks.rag_task import RAGMix, RAGTask, states_answer
 
+if TYPE_CHECKING:
+    from nanochat.evidence import EvidenceReader
+
 SIDE = {"answer", "answers", "date", "title", "passage", "passage_undated"}  # fields of a side of a contradiction
 TOGETHER = ("two_hop", "retrieved_together")  # rows that are about several in one context
 TIMED = 10  # questions a row whose first token's time is taken
@@ -116,13 +119,11 @@ class Config:
     queries: str = ""  # questions: a .jsonl file
     contradictions: str = ""  # documents that disagree: a .jsonl file; empty: contradictions.jsonl beside the questions
     calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
-    evidence: str = (
-        ""  # tag of an evidence reader to calibrate with; empty: the model's, if there is one; none: without
-    )
+    evidence: str = ""  # evidence reader to calibrate with, by its tag; empty: the model's tag; none: without
     abstain: float = 0.9  # share of the validation questions without their document that calibration abstains from
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
-    read: str = "each"  # each: documents are read one by one; together: all in one context
+    read: str = "each"  # each: documents are read one by one; together: all at once
     quote: bool = True  # answers over documents are in their words; false: the model says what it likes
     max_examples: int = 500  # questions a row
     seed: int = 0  # which questions
@@ -146,6 +147,8 @@ def main(config: Config) -> dict:
     for name, least in {"top_k": 1, "max_examples": 1, "batch_size": 1, "max_tokens": 1, "context": 0}.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)}: at least {least}")
+    if config.evidence and not config.calibrate:
+        raise UserError("--evidence is for --calibrate, which learns whose words are said; give both")
     d = init_distributed(config.device)
     manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc for doc in manager.documents}
@@ -277,6 +280,7 @@ def main(config: Config) -> dict:
 
     used = vars(config) | {
         "confidence": model.confidence,
+        "evidence_reader": model.evidence and model.evidence.told,
         "checkpoint_step": meta["step"],
         "block_pattern": model.config.block_pattern,
     }
@@ -292,13 +296,15 @@ def main(config: Config) -> dict:
     return result
 
 
-def evidence_reader(config: Config, tag: str, device: torch.device) -> EvidenceReader | None:
+def evidence_reader(config: Config, tag: str, device: torch.device) -> "EvidenceReader | None":
     """The evidence reader that `--evidence` means, for a model with this tag."""
     if config.evidence == "none":
         return None
     if not config.evidence and not list_steps(run_dir("evidence", tag)):
         print0(f"calibrating without an evidence reader: none is called {tag} (scripts.evidence_train)")
         return None
+    from nanochat.evidence import load_evidence
+
     return load_evidence("evidence", config.evidence or tag, device=device)
 
 

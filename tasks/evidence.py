@@ -19,7 +19,7 @@ from nanochat.common import UserError, over_ranks
 from nanochat.documents import tokenize
 from nanochat.evidence import EvidenceReader, Window, read_pair, shown_text, stack
 from nanochat.rag_utils import ABSTENTION, answer_f1, extract_citations, strip_citations
-from tasks.common import Task, whole_word
+from tasks.common import MixStream, Task, whole_word
 
 POOL = 512  # pairs that are sorted by length at a time
 Pair = tuple[Window, tuple[int, int]]  # and the places of the answer's first and last piece, 0 and 0 for none
@@ -52,10 +52,10 @@ def draw_pair(conversation: dict, rng: random.Random) -> Pair | None:
     docs = [doc for m in messages if m["role"] == "retrieval" for doc in m["documents"]]
     turns = [(m["content"], a["content"]) for m, a in pairwise(messages) if a["role"] == "assistant"]
     question, answer = turns[0] if rng.random() < 0.5 else rng.choice(turns)
-    window = read_pair(question, docs)[:1]
+    text, places = shown_text(docs)
+    window = read_pair(question, text)[:1]
     if not window or answer == ABSTENTION:
         return (window[0], (0, 0)) if window else None
-    text, places = shown_text(docs)
     numbers = [doc.get("number", n) for n, doc in enumerate(docs, 1)]
     cited = [place for n, place in zip(numbers, places) if n in extract_citations(answer)]
     asked = set(tokenize(question))
@@ -79,7 +79,7 @@ class PairLoader:
     draws the pairs of the present pool again.
     """
 
-    def __init__(self, stream, batch_size: int, sequence_len: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, stream: MixStream, batch_size: int, sequence_len: int, rank: int = 0, world_size: int = 1):
         self.stream, self.batch_size, self.sequence_len = stream, batch_size, sequence_len
         self.rank, self.world_size = rank, world_size
         self.drawn = rank  # the next index to sample
@@ -111,8 +111,8 @@ class PairLoader:
         return batches
 
     def _mark(self) -> dict:
-        inner = self.stream.state_dict() if hasattr(self.stream, "state_dict") else {}
-        return {"drawn": self.drawn, "stream": {**inner, "counts": dict(inner["counts"])} if inner else {}}
+        inner = self.stream.state_dict()
+        return {"drawn": self.drawn, "stream": {**inner, "counts": dict(inner["counts"])}}
 
     def state_dict(self) -> dict:
         return {"begun": self.begun, "taken": self.taken, "ranks": [self.rank, self.world_size]}
@@ -125,15 +125,14 @@ class PairLoader:
                 f"resume with as many, not {self.world_size}"
             )
         self.drawn, self.begun = state["begun"]["drawn"], state["begun"]
-        if state["begun"]["stream"]:
-            self.stream.load_state_dict(state["begun"]["stream"])
+        self.stream.load_state_dict(state["begun"]["stream"])
         self.taken, self.batches = state["taken"], self._draw() if state["taken"] else []
 
 
 def pointing_eval(task: Task, n: int, prefix: str) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation for the training loop over `n` conversations of `task`, first questions only.
 
-    `f1` and `em` of the best words where there is an answer, whether abstained from or not; `abstains`: rightly, where
+    `f1` of the best words where there is an answer, whether abstained from or not; `abstains`: rightly, where
     there is none; `over_abstains`: wrongly; `score` as in reading_eval.
     """
     task.epoch = 10**6  # draws that training doesn't see even on the same questions

@@ -120,9 +120,9 @@ class RAGTask(Task):
         turns = [(self._wording(q, rng), *self._answer(q, shown)) for q in questions]
         if rng.random() < mix.counterfactual:
             turns = self._counterfactual(questions, shown, turns, rng)
+        turns = [(careless(query, rng) if rng.random() < mix.careless else query, *rest) for query, *rest in turns]
         if rng.random() < mix.bare:
             return self._conversation(row, [], [(query, ABSTENTION, []) for query, *_ in turns])
-        turns = [(careless(query, rng) if rng.random() < mix.careless else query, *rest) for query, *rest in turns]
         return self._conversation(row, [(turns[0][0], shown)], turns)
 
     def _show(self, ids: Sequence[str]) -> list[dict]:
@@ -245,7 +245,7 @@ class RAGTask(Task):
 
 class MultiHopRAGTask(RAGTask):
     """Two-hop questions with a retrieval message a hop: the first query is the question, the second asks for the rest
-    about the bridge entity. Sizes in `mix` are those of a hop; follow-ups and cuts are RAGTask's alone.
+    about the bridge entity. Sizes in `mix` are those of a hop; follow-ups, cuts and `bare` are RAGTask's alone.
 
     `rows` are questions of every kind: those of one hop word the second query and tell what can't be a distractor. An
     `absent` document is one of the two. Without the first, the second query is about an entity that the search came

@@ -85,7 +85,7 @@ def test_a_document_shown_alone_bears_any_number(rows, documents):
 
 
 @pytest.mark.parametrize(("absent", "refusals"), [(0.0, 0), (1.0, 1)])
-def test_it_abstains_exactly_when_no_gold_is_shown(rows, documents, retrieved, absent, refusals):
+def test_it_abstains_exactly_when_not_all_gold_is_shown(rows, documents, retrieved, absent, refusals):
     answerable = [r for r in rows.values() if r["positive_ids"]]
     mix = RAGMix(absent, counterfactual=0, follow_up=0, min_docs=3, max_docs=3)
     for row, shown, [(_, found, cited)] in examples(RAGTask(answerable, documents, mix, retrieved)):
@@ -464,3 +464,11 @@ def test_a_shortened_document_keeps_the_sentences_that_answer(seed, n):
     short = shorten(text, ["5,000 sq km"], n, random.Random(seed))
     assert "5,000 sq km" in short and len(re.findall(r"[.](?= |$)", short)) == min(n, 4)
     assert shorten(text, ["rivers. The"], n, random.Random(seed)) == text
+
+
+def test_without_any_document_everything_is_abstained_from(rows, documents):
+    task = RAGTask(list(rows.values()), documents, RAGMix(bare=1.0, careless=0.5))
+    for i in range(20):
+        messages = task[i]["messages"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert {m["content"] for m in messages[1::2]} == {ABSTENTION}

@@ -77,15 +77,31 @@ def test_of_a_document_only_the_closest_sentences_are_read_in_their_order():
 def test_the_sentence_with_the_evidence_is_read_too():
     talk = conversation("River?", "It is one. It is two. It is three.  It is four.")
     talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one."]
-    for text, read in (("two", "It is two. It is three."), ("three", "It is one. It is three."), ("no", None)):
+    for text, read in (("two", "It is two. It is three."), ("three", None), ("no", None), ("tw", None)):
         [view] = one_document_each(talk, [Evidence(text, 0, -0.1, 2.0)])
-        assert view["messages"][0]["documents"][0]["content"] == (read or "It is three.")
-        assert view["evidence"] == {"text": text, "logprob": -0.1, "cited": [1]}
+        assert view["messages"][0]["documents"][0]["content"] == (read or "It is one. It is three.")
+        assert view["evidence"] == {"text": text, "logprob": -0.1, "number": 1}
+
+
+def test_what_an_evidence_reader_finds_counts_and_goes_with_its_document():
+    engine = make_engine(sequence_len=256)
+    talk = conversation("River?", "a one", "the two")
+    talk["messages"].insert(1, {"role": "retrieval", "query": "hop", "documents": [Document("3", "T3", "two and one")]})
+    engine.model.evidence, known = Finder("two", "one"), {}
+    [(views, features)] = look(engine, [talk], known=known)
+    assert [view["evidence"] for view in views] == [
+        {"text": t, "logprob": -0.1, "number": n} for n, t in enumerate(("one", "two", "two"), 1)
+    ]
+    assert features[:, 4].tolist() == [5.0] * 3
+    look(engine, [talk], known=known)
+    assert len(engine.model.evidence.asked) == 3  # read once
+    engine.model.confidence = by_similarity(bias=1.0) | {"weights": [0, 0, 0, 0, 1.0], "words": [0.0, 0.0, -1.0]}
+    assert answer_each(engine, [talk], max_tokens=9)[0] == ["one. [1] Or, by another document: two. [2]"]
 
 
 def test_what_is_said_are_the_words_that_are_rather_to_be_trusted():
     engine = make_engine(sequence_len=256)
-    found = lambda text, n: {"evidence": {"text": text, "logprob": -0.4, "cited": [n]}}
+    found = lambda text, n: {"evidence": {"text": text, "logprob": -0.4, "number": n}}
     heard = [(conversation("River?", "It is one.") | found("It", 4), 1.0), (conversation("River?", "two"), 0.5)]
     said = [("one. [4]", -0.5), ("two. [5]", -0.1)]
     for words, quote, answer in (
@@ -96,8 +112,8 @@ def test_what_is_said_are_the_words_that_are_rather_to_be_trusted():
     ):
         engine.model.confidence = by_similarity() | {"words": words}
         assert speak(engine, heard, said, quote) == answer
-    heard[0][0]["evidence"]["cited"] = [2, 4]  # what takes two documents isn't for the model
-    assert speak(engine, heard[:1], said[:1], True) == "It. [2][4]"
+    heard[0][0]["evidence"]["text"] = "It [7]"  # a footnote
+    assert speak(engine, heard[:1], [("one. [4]", -9.0)], True) == "It. [4]"
     engine.model.confidence = None
     assert speak(engine, heard[:1], said[:1], True) == "one. [4]"
 
@@ -203,7 +219,7 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
 
     known = [documents(4, i % 4) for i in range(60)]
     unknown = [documents(4, -1)[0] for _ in range(60)]
-    fitted = fit_confidence(known, unknown)
+    fitted = fit_confidence(known, unknown, 0.86)
     assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
     best = lambda f: confidence(f, fitted)
     assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
@@ -293,7 +309,7 @@ def test_wrong_documents_seldom_speak_beside_right_ones():
     rng = np.random.default_rng(1)
     mask = np.arange(4) == 0
     known = [(np.stack([mask * 4 + rng.normal(size=4)] * FEATURES, 1), mask) for _ in range(200)]
-    fitted = fit_confidence(known, [f[1:] for f, _ in known])
+    fitted = fit_confidence(known, [f[1:] for f, _ in known], 0.86)
     beside = [(confidence(f, fitted)[1:] > fitted["beside"]).any() for f, _ in known]
     assert np.mean(beside) == pytest.approx(1 - BESIDE, abs=0.005)
     assert np.mean([confidence(f, fitted)[0] > fitted["beside"] for f, _ in known]) > 0.7

@@ -7,6 +7,7 @@ and the chat. Nothing here can answer well after a dozen steps; that it can is s
 import json
 import os
 import random
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import DATA, UserError, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
+from nanochat.evidence import evidence_of
 from nanochat.rag_utils import ABSTENTION
 from nanochat.retrieval import RetrievalManager, build_kb
 from nanochat.tokenizer import Tokenizer
@@ -225,6 +227,34 @@ def test_the_confidence_learned_on_validation_questions_stays_with_the_checkpoin
     assert all(a["answer"] == ABSTENTION for a in read if a["confidence"] <= 0)
 
 
+def test_an_evidence_reader_is_heard_unless_it_is_gone_or_another(world, capsys):
+    model, _, meta = load_model("rag", "cpu")
+    assert model.evidence.told == meta["evidence"] == world.found["rag_eval"]["config"]["evidence_reader"]
+    assert meta["evidence"]["tag"] == "d2" and meta["evidence"]["step"] == 3
+    run_folder = world.base / "checkpoints" / "evidence" / "d2"
+    run_folder.rename(run_folder.with_name("aside"))
+    capsys.readouterr()
+    try:
+        assert load_model("rag", "cpu")[0].evidence is None
+    finally:
+        run_folder.with_name("aside").rename(run_folder)
+    assert evidence_of(meta["evidence"] | {"sha256": "0"}) is None
+    told = capsys.readouterr().out
+    assert told.count("calibrate again") == 2 and "trained anew" in told and "d2" in told
+
+
+def test_evidence_training_goes_on_where_it_was(world):
+    options = {"knowledge_base": world.kb, "device_batch_size": 4, "num_iterations": 4, "eval_every": 0, "top_k": 3}
+    options |= {"val_examples": 4, "save_every": 2, "keep_last": 0, "model_tag": "again"}
+    evidence_train.main(configure(evidence_train, **options))
+    steps = world.base / "checkpoints" / "evidence" / "again"
+    losses = curve(world, "evidence", "again")
+    shutil.rmtree(steps / "step_000004")
+    evidence_train.main(configure(evidence_train, resume=True, **options))
+    assert curve(world, "evidence", "again") == losses and len(losses) == 4
+    shutil.rmtree(steps)
+
+
 def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them(world, monkeypatch):
     asked = []
     found = lambda *a: asked.append((a[1].path, len(a[3]))) or ([], [len(asked)], [])
@@ -426,6 +456,9 @@ BAD = {
     "batch of none": (base_train, "--depth 3 --data TEXT --device_batch_size 0", "at least 1"),
     "unknown device": (base_train, "--device toaster", "choose cpu, cuda or mps"),
     "unknown dtype": (base_train, "--depth 3 --data TEXT --dtype float13", "choose one of"),
+    "evidence, dry": (evidence_train, "--knowledge_base KB --dry_run true", "isn't for the evidence reader"),
+    "evidence, no row": (evidence_train, "--knowledge_base KB --sequence_len 0", "at least 1"),
+    "evidence for nothing": (rag_eval, "--knowledge_base KB --queries QUERIES --evidence none", "is for --calibrate"),
     "bad tag": (base_train, "--depth 3 --data TEXT --model_tag ../x", "letters, digits"),
     "vocabulary below bytes": (tok_train, "--data TEXT --vocab_size 200", "too small"),
     "vocabulary beyond the text": (tok_train, "--data SMALL --vocab_size 9000", "byte pairs"),

@@ -117,8 +117,9 @@ def test_a_second_run_trains_and_evaluates_nothing_again_and_keeps_the_times(she
     assert called(again) == ["base_train", "mid_train", "chat_sft", "evidence_train", "rag_finetune", "report"]
     assert (base / "times.tsv").read_text() == before
     # a new checkpoint is evaluated, and takes the place of the old one in the times
-    shutil.rmtree(base / "checkpoints" / "rag")
-    assert called(speedrun(shell, **options))[-5:] == ["rag_finetune", *["rag_eval"] * 3, "report"]
+    for stage in ("rag", "evidence"):
+        shutil.rmtree(base / "checkpoints" / stage)
+        assert called(speedrun(shell, **options))[-5:] == ["rag_finetune", *["rag_eval"] * 3, "report"]
     assert times(base) == [line.split("\t")[0] for line in before.splitlines()]
     assert (base / "times.tsv").read_text() != before
 
