@@ -90,9 +90,8 @@ def test_it_abstains_exactly_when_not_all_gold_is_shown(rows, documents, retriev
     mix = RAGMix(absent, counterfactual=0, follow_up=0, min_docs=3, max_docs=3)
     for row, shown, [(_, found, cited)] in examples(RAGTask(answerable, documents, mix, retrieved)):
         gold = {d["id"] for d in shown} & set(row["positive_ids"])
+        gold = gold if row["hops"] == 1 or len(gold) == len(row["positive_ids"]) else set()  # one of two is none
         assert (found == REFUSED) == (not gold) == bool(refusals) and len(shown) == 3 and bool(cited) == bool(gold)
-        if row["hops"] > 1 and gold:
-            assert len(gold) == len(row["positive_ids"])
 
 
 def test_no_document_beside_the_gold_ones_answers_the_question(rows, documents):
