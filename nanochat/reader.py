@@ -151,12 +151,16 @@ def answer_views(
     engine: Engine, views: Sequence[dict], batch_size: int, max_tokens: int, quote: bool = True, **options
 ) -> list[tuple[str, float]]:
     """The answers over contexts that `focus` chose, and how sure of its words the model is: a token's mean
-    log-probability. Where `abstains` decides about abstaining, quoting doesn't.
+    log-probability. Where `abstains` decides about abstaining, quoting doesn't. Where the evidence reader's words would
+    be said however sure the model were, it isn't asked: "" and -inf.
     """
-    prompts = [engine.prompt(view, max_tokens) for view in views]
+    out = [("", -math.inf)] * len(views)
+    wanted = [n for n, view in enumerate(views) if not quote or own_words(engine, view, 0.0)]
+    prompts = [engine.prompt(views[n], max_tokens) for n in wanted]
     options |= {"quote": quote, "abstain": engine.model.confidence is None}
-    done = engine.complete_batch(prompts, batch_size, engine.room(max_tokens), **options)
-    return [(engine.text(c.ids), float(np.mean(c.logprobs)) if c.logprobs else -math.inf) for c in done]
+    for n, c in zip(wanted, engine.complete_batch(prompts, batch_size, engine.room(max_tokens), **options)):
+        out[n] = (engine.text(c.ids), float(np.mean(c.logprobs)) if c.logprobs else -math.inf)
+    return out
 
 
 def speak(engine: Engine, heard: Sequence[tuple[dict, float]], said: Sequence[tuple[str, float]], quote: bool) -> str:
@@ -178,11 +182,11 @@ def own_words(engine: Engine, view: dict, logprob: float) -> bool:
     """Whether over this context the model's own words, of this mean log-probability, are rather right than what the
     evidence reader points at. Always where that is nothing.
     """
-    evidence = view.get("evidence")
-    if not evidence or engine.model.confidence is None:
+    evidence, fitted = view.get("evidence"), engine.model.confidence or {}
+    if not evidence or "words" not in fitted:
         return True
     known = (max(logprob, -1e6), evidence["logprob"], 1.0)
-    return bool(np.dot(engine.model.confidence["words"], known) > 0)
+    return bool(np.dot(fitted["words"], known) > 0)
 
 
 def _pointed(text: str, *numbers: int) -> str:
@@ -331,7 +335,7 @@ def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> li
     if len({ok for _, ok in known}) < 2:
         return [0.0, 0.0, 1.0 if all(ok for _, ok in known) else -1.0]
     model = LogisticRegression(C=1e3).fit(*map(np.array, zip(*known)))
-    return [*map(float, model.coef_[0]), float(model.intercept_[0])]
+    return [max(0.0, float(model.coef_[0][0])), float(model.coef_[0][1]), float(model.intercept_[0])]
 
 
 def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = ()) -> list[dict]:

@@ -114,6 +114,9 @@ def test_what_is_said_are_the_words_that_are_rather_to_be_trusted():
         assert speak(engine, heard, said, quote) == answer
     heard[0][0]["evidence"]["text"] = "It [7]"  # a footnote
     assert speak(engine, heard[:1], [("one. [4]", -9.0)], True) == "It. [4]"
+    views = [view for view, _ in heard]
+    assert [text == "" for text, _ in answer_views(engine, views, 2, 9)] == [True, False]  # it would not be heard
+    assert all(text for text, _ in answer_views(engine, views, 2, 9, quote=False))
     engine.model.confidence = None
     assert speak(engine, heard[:1], said[:1], True) == "one. [4]"
 
