@@ -18,7 +18,7 @@ from nanochat.config import run
 from nanochat.evidence import EvidenceConfig, Pointer, pointer_loss
 from nanochat.retrieval import RetrievalManager
 from nanochat.train import Eval, TrainConfig, train
-from tasks.common import MixStream
+from tasks.common import MixStream, check_shares
 from tasks.evidence import PairLoader, PointerStream, pointing_eval
 from tasks.factbook import load_queries
 from tasks.fiction import make_world
@@ -81,6 +81,8 @@ def main(config: Config) -> dict[str, float]:
     shares = {name: getattr(config, f"{name}_share") for name in ("fiction", "handbook", "whole", "several", "two_hop")}
     shares["queries"] = 1 - shares["fiction"] - shares["handbook"]
     shares["excerpt"] = 1 - shares["whole"] - shares["several"] - shares["two_hop"]
+    for parts in (sources, sizes):  # an error names what the flags do
+        check_shares({name: shares[name] for name in parts})
     streams, weights = {}, {}
     for size, how in sizes.items():
         for name, (kind, rows, docs, mix) in sources.items():

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nanochat.common import DATA, UserError, read_jsonl
+from nanochat.rag_utils import ABSTENTION
 from tasks.common import JSONLTask, Task, whole_word
 
 FACTBOOK = DATA / "factbook"
@@ -26,7 +27,8 @@ def load_queries(path: str | Path) -> list[dict]:
         path = FACTBOOK / "queries" / f"{path}.jsonl"
     rows = []
     for n, row in enumerate(read_jsonl(path, required=("id", "query", "answer")), 1):
-        row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": "single", "paraphrases": [], **row}
+        kind = "unanswerable" if not row.get("positive_ids") and row["answer"] in ("", ABSTENTION) else "single"
+        row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": kind, "paraphrases": [], **row}
         if not all(isinstance(row[key], str) for key in ("id", "query", "answer")):
             raise UserError(f"{path}, record {n}: 'id', 'query' and 'answer' must be text")
         for key in ("answers", "positive_ids", "paraphrases"):
