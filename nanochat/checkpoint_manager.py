@@ -346,6 +346,8 @@ def load_model(
     path = find_checkpoint(source, model_tag, step)
     print0(f"loading {path}")
     weights, meta = load_checkpoint(path)
+    if meta.get("source") == "evidence":
+        raise UserError(f"{path} is an evidence reader, not a language model; give the source rag")
     tokenizer = Tokenizer.load(path)
     try:
         config = GPTConfig(**meta["model_config"])

@@ -458,6 +458,7 @@ BAD = {
     "unknown dtype": (base_train, "--depth 3 --data TEXT --dtype float13", "choose one of"),
     "evidence, dry": (evidence_train, "--knowledge_base KB --dry_run true", "isn't for the evidence reader"),
     "evidence, no row": (evidence_train, "--knowledge_base KB --sequence_len 0", "at least 1"),
+    "evidence as the speaker": (rag_eval, "--knowledge_base KB --queries QUERIES --source evidence", "not a language"),
     "evidence for nothing": (rag_eval, "--knowledge_base KB --queries QUERIES --evidence none", "is for --calibrate"),
     "bad tag": (base_train, "--depth 3 --data TEXT --model_tag ../x", "letters, digits"),
     "vocabulary below bytes": (tok_train, "--data TEXT --vocab_size 200", "too small"),
