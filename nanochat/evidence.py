@@ -25,6 +25,7 @@ from nanochat import minilm
 from nanochat.checkpoint_manager import find_checkpoint, load_checkpoint, load_weights
 from nanochat.common import UserError, pick_dtype, print0
 from nanochat.documents import valid_unicode
+from nanochat.rag_utils import strip_citations
 
 MAX_PIECES = 512  # word pieces of question and text: MiniLM's positions end there
 MAX_QUESTION = 96  # of them for the question
@@ -232,4 +233,6 @@ def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[i
         return None
     words = text[window.places[a][0] : window.places[b][1]].strip(" .,;:")
     odds = logits[a, 0] + logits[b, 1] - logits[0].sum()
-    return Evidence(words, int(of[a]) // (len(ends) + 1), float(scores[a, b]), float(odds)) if words else None
+    if not any(map(str.isalnum, strip_citations(words))):  # "[7]" is no answer
+        return None
+    return Evidence(words, int(of[a]) // (len(ends) + 1), float(scores[a, b]), float(odds))

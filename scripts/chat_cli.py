@@ -23,6 +23,7 @@ from nanochat.reader import answer_together, focus, stream_each
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
+CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # but tab and newline
 HELP = """With a knowledge base every question stands for itself, unless passages are read together.
 /docs   the passages of the last answer in full
 /clear  forget the conversation
@@ -152,6 +153,11 @@ def numbers_read(ids: list[int], tokenizer) -> set[int]:
     return {int(n) for head in heads if (n := head.partition("]")[0].removeprefix("[")).isdecimal()}
 
 
+def show(text: str, end: str = "\n") -> None:
+    """Print text that a document or a model may have written: without what would steer the terminal."""
+    print(text.translate(CONTROL), end=end, flush=True)
+
+
 def chat_loop(chat: Chat) -> None:
     """Read questions until /quit, Ctrl-D or Ctrl-C at the prompt."""
     print("Ask a question, or type /help.")
@@ -167,7 +173,7 @@ def chat_loop(chat: Chat) -> None:
             chat.clear()
             print("Forgotten.")
         elif line == "/docs":
-            print("\n\n".join(document_text(d, n) for n, d in enumerate(chat.documents, 1)) or "No passages yet.")
+            show("\n\n".join(document_text(d, n) for n, d in enumerate(chat.documents, 1)) or "No passages yet.")
         elif line.startswith("/"):
             print(HELP if line == "/help" else f"Unknown command {line[:40]}\n{HELP}")
         elif line:
@@ -179,7 +185,7 @@ def show_answer(chat: Chat, question: str) -> None:
     pieces = chat.ask(question)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            show(piece, end="")
         print()
     except KeyboardInterrupt:
         pieces.close()
@@ -188,7 +194,7 @@ def show_answer(chat: Chat, question: str) -> None:
         print(f"error: {e}")
         return
     if lines := chat.sources():
-        print("\n" + "\n".join(lines))
+        show("\n" + "\n".join(lines))
 
 
 def main(config: Config) -> None:
@@ -226,10 +232,11 @@ def main(config: Config) -> None:
         chat_loop(chat)
         return
     for piece in chat.ask(config.prompt):
-        print(piece, end="", flush=True)
+        show(piece, end="")
     print(flush=True)
     if lines := chat.sources():
-        print("\n".join(lines), file=sys.stderr)
+        with contextlib.redirect_stdout(sys.stderr):
+            show("\n".join(lines))
 
 
 if __name__ == "__main__":

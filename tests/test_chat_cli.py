@@ -242,6 +242,13 @@ def test_bytes_that_are_not_utf8_are_no_reason_to_stop(home, monkeypatch, capsys
     assert cli(monkeypatch, "--knowledge_base", str(home / "kb"), "-p", "river \udcff \ud800?") == 0
 
 
+def test_what_a_document_says_does_not_steer_the_terminal(home, monkeypatch, capsys, tmp_path):
+    build_kb([Document("1", "Freedonia\x1b[2J", "river\x07 of\x9b31m Freedonia")], tmp_path / "kb", "bm25")
+    cli(monkeypatch, "--knowledge_base", str(tmp_path / "kb"), stdin="The river of Freedonia?\n/docs\n")
+    out = capsys.readouterr().out
+    assert "Freedonia[2J" in out and not set(out) & set("\x1b\x07\x9b")
+
+
 def test_passages_without_room_are_said_to_be_left_out(home, monkeypatch, capsys, tmp_path):
     docs = [Document(str(i), f"Freedonia - {i}", "river of Freedonia " * 25) for i in range(5)]
     build_kb(docs, tmp_path / "kb", "bm25")

@@ -148,8 +148,9 @@ def test_odd_input_is_read_all_the_same(net):
         ("Wer? " * 500, long),
         ("東京 🙂 \ud800", [{"title": "\ud800", "content": "half \udc00 a pair"}]),
     ]
-    found = reader.find(asked)
+    found = reader.find([*asked, ("Who?", [{"title": "", "content": "[7]"}])])
     assert found[:3] == [None] * 3 and found[3].text and found[4].text
+    assert found[5] is None or found[5].text == "7"  # neither a citation nor half of one is an answer
     assert reader.find([]) == []
     assert all(len(w.ids) <= MAX_PIECES for question, docs in asked for w in read_pair(question, shown_text(docs)[0]))
     assert len(read_pair("Who?", shown_text(long)[0])) > 3
