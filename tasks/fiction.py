@@ -197,7 +197,8 @@ class Maker(Names):
                 rows.append(self.ask(f"{slug(x.name)}-{r}", RELATIONS[r], x.shown, x.facts[r], docs, **about))
             if x is e or rng.random() < 0.5:
                 r = rng.choice([r for r in kind.relations if r not in x.facts])
-                about["reason"] = "missing_field"
+                told = list(dict.fromkeys(id for docs in x.docs.values() for id in docs))
+                about |= {"reason": "missing_field", "about_ids": told}
                 rows.append(self.ask(f"{slug(x.name)}-no-{r}", RELATIONS[r], x.shown, None, **about))
         if e.second:
             other, docs = e.second, next(iter(e.second.docs.values()))
@@ -205,7 +206,7 @@ class Maker(Names):
             rows.append(self.ask(f"{slug(e.name)}-second", kind.second, e.shown, answer, docs, country=e.name))
         if rng.random() < 0.3:
             nobody, r = self.entity(kind), rng.choice(list(kind.relations))
-            about = {"country": nobody.name, "reason": "invented_entity"}
+            about = {"country": nobody.name, "reason": "invented_entity", "about_ids": []}
             rows.append(self.ask(f"{slug(nobody.name)}-{r}", RELATIONS[r], nobody.shown, None, **about))
         return rows
 
