@@ -36,7 +36,7 @@ contradictory_undated both sides, half each. hallucination: answered, and no sho
 precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and could be; a
 single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question and
 documents to the first token of the answer (to all of it where a calibrated model weighs its words before it speaks),
-ten asked one at a time; tokens: what the language model reads for them, on average, or would. With `--quote true` an
+five asked one at a time; tokens: what the language model reads for them, on average, or would. With `--quote true` an
 answer is always some document's words, so that hallucination says little: look at f1. Intervals are 95 % bootstrap.
 """
 
@@ -107,7 +107,7 @@ if TYPE_CHECKING:
 
 SIDE = {"answer", "answers", "date", "title", "passage", "passage_undated"}  # fields of a side of a contradiction
 TOGETHER = ("two_hop", "retrieved_together")  # rows that are about several in one context
-TIMED = 10  # questions a row whose first token's time is taken
+TIMED = 5  # questions a row whose first token's time is taken
 
 
 @dataclass
