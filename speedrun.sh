@@ -40,7 +40,7 @@ share() { # share ROWS: a process's part of the rows of a step, at least one
 }
 case $preset in
 smoke)
-    tag=smoke retriever=bm25 n=40 text=embedded
+    tag=smoke retriever=bm25 n=20 text=embedded
     tok="--max_chars 3000000 --vocab_size 2048"
     common="--resume true --save_every 50 $(share 4)"
     base="--depth 3 --n_embd 128 --num_iterations 30 --sequence_len 256 --val_batches 2 --eval_every 15"
@@ -54,10 +54,10 @@ cpu)
     tok=""
     common="--resume true --save_every 100 $(share 8)"
     base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
-    mid="--num_iterations 400 --lr_scale 0.5 --warmdown_ratio 1.0"
+    mid="--num_iterations 350 --lr_scale 0.5 --warmdown_ratio 1.0"
     sft="--num_iterations 60"
-    evidence="--num_iterations 400 --eval_every 200 $(share 32)"
-    rag="--num_iterations 350 --lr_scale 0.5"
+    evidence="--num_iterations 700 --eval_every 350 $(share 32)"
+    rag="--num_iterations 250 --lr_scale 0.5"
     ;;
 node)
     tag=d20 retriever=hybrid n=500 text=fineweb:240
@@ -70,7 +70,7 @@ node)
     base="--data $text --depth 20 $batch --num_iterations 20000 --drill_until 0.05"
     mid="--data $text $batch --num_iterations 800"
     sft="--num_iterations 10" # at 131k tokens a step, the few chat pairs have been seen several times by then
-    evidence="--num_iterations 400 --device_batch_size 64"
+    evidence="--num_iterations 700 --device_batch_size 64"
     rag="--num_iterations 1000"
     ;;
 esac

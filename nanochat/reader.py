@@ -33,6 +33,7 @@ from nanochat.tokenizer import check_conversation
 if TYPE_CHECKING:
     from nanochat.evidence import Evidence
 
+ALONE, TOGETHER = 2, 4  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
 FEATURES = 5  # of a document: what `look` gives
 COMMON = set(  # words of questions that say nothing about who answers them
@@ -256,7 +257,10 @@ def answer_together(
     evidence reader isn't sampled from.
     """
     read = [n for n, c in enumerate(conversations) if quote and engine.model.evidence and _documents(c)]
-    views = {n: [_documents(view)[0] for view in one_document_each(check_conversation(conversations[n]))] for n in read}
+    views = {
+        n: [_documents(view)[0] for view in one_document_each(check_conversation(conversations[n]), most=TOGETHER)]
+        for n in read
+    }
     found = dict(zip(read, point(engine, [(asks(conversations[n]), views[n]) for n in read])))
     left = [c for n, c in enumerate(conversations) if n not in views]
     own = iter(engine.answer_batch(left, batch_size, max_tokens, quote=quote, **more))
@@ -338,9 +342,9 @@ def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> li
     return [max(0.0, float(model.coef_[0][0])), float(model.coef_[0][1]), float(model.intercept_[0])]
 
 
-def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = ()) -> list[dict]:
-    """The conversation once for each document in it, alone, under the number it had, and cut to what is `closest` and
-    the sentence in which words were `found`.
+def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = (), most: int = ALONE) -> list[dict]:
+    """The conversation once for each document in it, alone, under the number it had, and cut to the `most` sentences
+    that are `closest` and the one in which words were `found`.
     """
     messages, views, number = conversation["messages"], [], 0
     told = iter(found)
@@ -349,7 +353,7 @@ def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = (
             doc = doc if isinstance(doc, dict) else doc.shown()
             number = doc.get("number") or number + 1
             evidence = next(told, None)
-            if close := doc.get("closest"):
+            if close := (doc.get("closest") or [])[:most]:
                 doc = {
                     **doc,
                     "content": " ".join(sorted(_with(close, doc["content"], evidence), key=doc["content"].find)),

@@ -387,21 +387,26 @@ def calibration_features(
     rows = [r for r in rows if r["type"] == "single"]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, 300, len(rows)))
     found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
-    there = [(r, docs[: config.top_k]) for r, docs in zip(rows, found)]
-    there = [(r, docs) for r, docs in there if any(_is_gold(doc, r) for doc in docs)]
-    gone = [(r, [doc for doc in docs if _is_distractor(doc, r)][: config.top_k]) for r, docs in zip(rows, found)]
-    gone = [(r, docs) for r, docs in gone if docs]
+    asked = []  # the question, all that is found, and of that what doesn't answer: one rank reads what both have once
+    for row, docs in zip(rows, found):
+        asked.append((row, docs[: config.top_k], [doc for doc in docs if _is_distractor(doc, row)][: config.top_k]))
+
+    def views(part: list[tuple[dict, list[Document], list[Document]]]) -> list:
+        both = [(row["query"], docs) for row, *each in part for docs in each]
+        read = [ask(query, manager.compare(query, docs)) for query, docs in both]
+        looked = look(engine, read, config.max_tokens, config.batch_size, is_main())
+        return list(zip(looked[::2], looked[1::2]))
+
+    there, gone, read = [], [], []
+    for (row, docs, others), ((shown, features), (_, without)) in zip(asked, over_ranks(views, asked)):
+        if any(_is_gold(doc, row) for doc in docs):
+            there.append((features, np.array([not _is_distractor(doc, row) for doc in docs])))
+            read.append((row, shown))
+        if others:
+            gone.append(without)
     if not there or not gone:
         raise UserError(f"--calibrate {path}: no question of one hop finds its gold document, or nothing else")
-
-    def views(part: list[tuple[str, list[Document]]]) -> list:
-        asked = [ask(query, manager.compare(query, docs)) for query, docs in part]
-        return look(engine, asked, config.max_tokens, config.batch_size, is_main())
-
-    looked = over_ranks(views, [(r["query"], docs) for r, docs in there + gone])
-    features = [x for _, x in looked]
-    right = [np.array([not _is_distractor(doc, r) for doc in docs]) for r, docs in there]
-    return list(zip(features, right)), features[len(there) :], [(r, v) for (r, _), (v, _) in zip(there, looked)]
+    return there, gone, read
 
 
 def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
