@@ -15,8 +15,10 @@ from pathlib import Path
 
 from nanochat.common import UserError, init_distributed
 from nanochat.config import run
+from nanochat.documents import Document
 from nanochat.evidence import EvidenceConfig, Pointer, pointer_loss
 from nanochat.retrieval import RetrievalManager
+from nanochat.retrievers import BM25Retriever
 from nanochat.train import Eval, TrainConfig, train
 from tasks.common import MixStream, check_shares
 from tasks.evidence import PairLoader, PointerStream, pointing_eval
@@ -31,7 +33,7 @@ from tasks.retrieval_qa import retrieve_all
 class Config(TrainConfig):
     knowledge_base: str = ""  # folder of the knowledge base (python -m nanochat.retrieval prepare_kb makes one)
     queries: str = ""  # folder with train.jsonl and val.jsonl; empty: ../queries seen from the knowledge base
-    retriever_type: str = "bm25"  # who finds distractors: simple, bm25, dense or hybrid
+    retriever_type: str = "bm25"  # who finds the distractors of --queries: simple, bm25, dense or hybrid
     top_k: int = 5  # documents in a context, at most
     model_tag: str = "evidence"  # name of the run's folder; rag_eval looks for the language model's
     num_iterations: int = 800  # optimizer steps
@@ -66,7 +68,10 @@ def main(config: Config) -> dict[str, float]:
     queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
     train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")
     world, books = make_world("train"), load_handbooks("train")
-    found = retrieve_all(manager, train_rows)
+    found = {"queries": retrieve_all(manager, train_rows)}  # what looks alike, among it who only names the thing asked
+    for name, other in (("fiction", world), ("handbook", books)):
+        retriever = BM25Retriever([Document.from_dict(doc) for doc in other.documents.values()])
+        found[name] = retrieve_all(retriever, other.queries)
 
     # 2. What is practised: of three sources excerpts of one document, whole ones, several at once, and what takes two
     usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
@@ -88,9 +93,8 @@ def main(config: Config) -> dict[str, float]:
         for name, (kind, rows, docs, mix) in sources.items():
             seed = config.seed + len(streams)
             chosen = [r for r in rows if size != "two_hop" or r["type"] == "two_hop"]
-            hits = found if name == "queries" else {}
             if chosen:
-                task = kind(chosen, docs, replace(mix, **how), hits, seed)
+                task = kind(chosen, docs, replace(mix, **how), found[name], seed)
                 streams[f"{name} {size}"] = PointerStream(task, seed)
                 weights[f"{name} {size}"] = shares[name] * shares[size]
     stream = MixStream(streams, weights, config.seed, d.world_size)

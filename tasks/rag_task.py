@@ -109,8 +109,10 @@ class RAGTask(Task):
             n = rng.randint(1, mix.sentences)
             for doc in shown:
                 needed = doc["id"] in row["positive_ids"]
+                named = not needed and self._names(doc["id"], row)
                 if not needed or row["hops"] == 1:  # of two documents, who leads to whom may be anywhere
-                    short = shorten(doc["content"], [row["answer"]] if needed else [], n, rng)
+                    kept = [row["answer"]] if needed else [row["country"]] if named else []
+                    short = shorten(doc["content"], kept, n, rng)
                     doc["cut"], doc["content"] = short != doc["content"], short
             # questions to what was cut away are near misses now; most are left out
             lost = lambda q: {*q["positive_ids"]} & {*ids} and not self._answer(q, shown)[1]
@@ -124,6 +126,11 @@ class RAGTask(Task):
         if rng.random() < mix.bare:
             return self._conversation(row, [], [(query, ABSTENTION, []) for query, *_ in turns])
         return self._conversation(row, [(turns[0][0], shown)], turns)
+
+    def _names(self, id: str, row: dict) -> bool:
+        """Whether a document about something else names what the question is about: "Unlike Chad, Niger has …"."""
+        doc, name = self.documents[id], row.get("country")
+        return bool(name) and name in doc["content"] and name not in doc["title"]
 
     def _show(self, ids: Sequence[str]) -> list[dict]:
         """Copies of documents, to be numbered: a `number` of the user's own isn't meant."""
@@ -181,11 +188,15 @@ class RAGTask(Task):
         return list({r["id"]: r for r in more if r["id"] != row["id"]}.values())[: self.mix.max_questions - 1]
 
     def _distractors(self, row: dict, n: int, rng: random.Random) -> list[str]:
-        """`n` documents that don't answer `row`, most of one kind: retrieved, same relation, same country or random."""
+        """`n` documents that don't answer `row`, most of one kind: retrieved, same relation, same country or naming it,
+        random.
+        """
         found: list[str] = []
         usual = rng.random()
         hits = [h for h in self.retrieved.get(row["id"], []) if h in self.allowed and h not in row["positive_ids"]]
-        alike, nearby = self.by_relation.get(row.get("relation", "")), self.by_country.get(row.get("country", ""))
+        alike = self.by_relation.get(row.get("relation", ""))
+        nearby = [*self.by_country.get(row.get("country", ""), ()), *(h for h in hits if self._names(h, row))]
+        nearby = [doc for doc in nearby if doc not in row["positive_ids"]]
         for _ in range(20 * n):
             if len(found) == n:
                 break

@@ -28,6 +28,7 @@ from nanochat.config import run
 from nanochat.documents import read_documents, valid_unicode
 from nanochat.rag_utils import ABSTENTION, extract_citations
 from nanochat.retrieval import RetrievalManager
+from nanochat.retrievers import Retriever
 from tasks.common import JSONLTask, Task
 from tasks.factbook import load_queries
 from tasks.fiction_words import slug
@@ -94,7 +95,7 @@ def create_rag_task(kind: str, **options) -> Task:
     return KINDS[kind](**options)
 
 
-def retrieve_all(manager: RetrievalManager, rows: Sequence[dict], top_k: int = 10) -> dict[str, list[str]]:
+def retrieve_all(manager: RetrievalManager | Retriever, rows: Sequence[dict], top_k: int = 10) -> dict[str, list[str]]:
     """Question id -> ids of the best `top_k` documents; ranks share the questions."""
 
     def search(part: list[dict]) -> list[list[str]]:

@@ -471,3 +471,18 @@ def test_without_any_document_everything_is_abstained_from(rows, documents):
         messages = task[i]["messages"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert {m["content"] for m in messages[1::2]} == {ABSTENTION}
+
+
+def test_an_excerpt_about_something_else_keeps_what_names_the_thing_asked_about():
+    text = "It is dry. It is hot. It is big. Unlike Chad, Niger has 7 lakes. It is old."
+    documents = {
+        "chad": {"id": "chad", "title": "Chad", "content": "Chad has 5 lakes.", "country": "Chad"},
+        "niger": {"id": "niger", "title": "Niger", "content": text, "country": "Niger"},
+    }
+    row = {"id": "q", "query": "How many lakes has Chad?", "paraphrases": [], "answer": "5", "answers": ["5"]}
+    row |= {"positive_ids": ["chad"], "hops": 1, "type": "single", "country": "Chad"}
+    mix = RAGMix(absent=1, counterfactual=0, follow_up=0, max_docs=1, sentences=1)
+    task = RAGTask([row], documents, mix, {"q": ["niger"]})
+    for task.epoch in range(20):
+        [doc] = task[0]["messages"][0]["documents"]
+        assert "Unlike Chad" in doc["content"] and doc["content"] != text
