@@ -95,6 +95,7 @@ class RAGTask(Task):
         absent = not row["positive_ids"] or rng.random() < mix.absent
         n_docs = rng.randint(mix.min_docs, mix.max_docs)
         gold = self._gold(row, rng) if row["positive_ids"] else self._about(row)
+        gold = gold if row["positive_ids"] or len(gold) <= n_docs else rng.sample(gold, n_docs)
         if absent and row["positive_ids"]:  # of two documents, one may be there
             gold = rng.sample(gold, rng.randrange(len(gold)))
         known = row | {"positive_ids": [*row["positive_ids"], *gold]}
@@ -195,8 +196,10 @@ class RAGTask(Task):
         usual = rng.random()
         hits = [h for h in self.retrieved.get(row["id"], []) if h in self.allowed and h not in row["positive_ids"]]
         alike = self.by_relation.get(row.get("relation", ""))
-        nearby = [*self.by_country.get(row.get("country", ""), ()), *(h for h in hits if self._names(h, row))]
-        nearby = [doc for doc in nearby if doc not in row["positive_ids"]]
+        nearby = []
+        if row.get("country"):
+            nearby = [*self.by_country.get(row["country"], ()), *(h for h in hits if self._names(h, row))]
+            nearby = [doc for doc in nearby if doc not in row["positive_ids"]]
         for _ in range(20 * n):
             if len(found) == n:
                 break
