@@ -90,8 +90,8 @@ fi
 begin=$SECONDS
 
 product() { # product WHAT: the file that is new when WHAT is: for a training stage in the last checkpoint, else WHAT
-    case $1 in # what answers is both the language model and the evidence reader
-    answers) ls -t "$out"/checkpoints/{evidence,rag}/"$tag"/step_*/meta.json 2>/dev/null | head -n 1 ;;
+    case $1 in # what answers is the language model and the evidence reader, what is asked the tests
+    answers) ls -t "$out"/checkpoints/{evidence,rag}/"$tag"/step_*/meta.json "$out"/*/queries/test.jsonl 2>/dev/null | head -n 1 ;;
     base | mid | sft | evidence | rag) ls "$out/checkpoints/$1/$tag"/step_*/meta.json 2>/dev/null | tail -n 1 ;;
     *) echo "$1" ;;
     esac

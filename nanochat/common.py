@@ -36,6 +36,7 @@ class UserError(Exception):
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO / "data"  # what ships with the repo
+CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # characters, but tab and newline
 
 
 def get_base_dir() -> Path:
@@ -267,9 +268,14 @@ def is_main() -> bool:
 
 
 def print0(*args, **kwargs) -> None:
-    """Print on rank 0 only."""
+    """Print on rank 0 only, `printable` text."""
     if is_main():
-        print(*args, **kwargs, flush=True)
+        print(*(printable(x) if isinstance(x, str) else x for x in args), **kwargs, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text that a document or a model may have written, without the characters that would steer the terminal."""
+    return text.translate(CONTROL)
 
 
 def on_main_first(fn: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """Where do the documents say it? MiniLM, trained on to point at the words that answer a question, or to find none.
 
-    reader = load_evidence("evidence", "cpu")  # stage and tag: trained by scripts.evidence_train
+    reader = load_evidence("cpu")  # the tag: trained by scripts.evidence_train
     [found] = reader.find([("Where do newts live?", [{"title": "Newts", "content": "Newts live in ponds."}])])
     found.text, found.document, found.odds  # "ponds", 0, 9.3: above 0, the words are rather there than not
 
@@ -175,10 +175,10 @@ def pointer_loss(net: Pointer, ids: Tensor, targets: Tensor, kinds: Tensor) -> T
 
 
 def load_evidence(
-    source: str, tag: str = "", step: int = 0, device: str | torch.device = "cpu", dtype: str = "auto"
+    tag: str = "", step: int = 0, device: str | torch.device = "cpu", dtype: str = "auto"
 ) -> EvidenceReader:
-    """The evidence reader of a checkpoint; the arguments are find_checkpoint's. Raises UserError if there is none."""
-    path = find_checkpoint(source, tag or None, step or None)
+    """The evidence reader with this tag (the newest if not given). Raises UserError if there is none."""
+    path = find_checkpoint("evidence", tag or None, step or None)
     print0(f"loading {path}")
     weights, meta = load_checkpoint(path)
     try:
@@ -195,7 +195,7 @@ def evidence_of(told: dict, device: str | torch.device = "cpu", dtype: str = "au
     says so, if it isn't there any more.
     """
     try:
-        reader = load_evidence("evidence", told["tag"], told["step"], device, dtype)
+        reader = load_evidence(told["tag"], told["step"], device, dtype)
         if reader.told["sha256"] != told["sha256"]:
             raise UserError("it has been trained anew")
         return reader
@@ -224,15 +224,16 @@ def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[i
     scores = first[:, None] + last
     scores[~np.triu(np.ones((n, n), bool)) | np.triu(np.ones((n, n), bool), LONGEST)] = -np.inf
     scores[0] = -np.inf
-    of = np.array([next((k for k, (_, end) in enumerate(documents) if a < end), -1) for a, _ in window.places])
-    ends = [found.end() for found in _SENTENCE.finditer(text)]
-    of = of * (len(ends) + 1) + np.searchsorted(ends, [a for a, _ in window.places], side="right")
-    scores[of[:, None] != of] = -np.inf  # an answer stands in one sentence of one document
+    starts = [start for start, _ in window.places]
+    document = np.searchsorted([end for _, end in documents], starts, side="right")
+    sentence = np.searchsorted([found.end() for found in _SENTENCE.finditer(text)], starts, side="right")
+    part = document + sentence  # neither ever falls: the sum is the same where both are
+    scores[part[:, None] != part] = -np.inf  # an answer stands in one sentence of one document
     a, b = divmod(int(scores.argmax()), n)
     if not np.isfinite(scores[a, b]):
         return None
     words = text[window.places[a][0] : window.places[b][1]].strip(" .,;:")
     odds = logits[a, 0] + logits[b, 1] - logits[0].sum()
-    if not any(map(str.isalnum, strip_citations(words))):  # "[7]" is no answer
+    if not any(map(str.isalnum, strip_citations(words + "]"))):  # "[7]" is no answer, nor is "[7"
         return None
-    return Evidence(words, int(of[a]) // (len(ends) + 1), float(scores[a, b]), float(odds))
+    return Evidence(words, int(document[a]), float(scores[a, b]), float(odds))

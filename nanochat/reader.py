@@ -344,7 +344,7 @@ def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> li
 
 def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = (), most: int = ALONE) -> list[dict]:
     """The conversation once for each document in it, alone, under the number it had, and cut to the `most` sentences
-    that are `closest` and the one in which words were `found`.
+    that are `closest`, the one in which words were `found` among them.
     """
     messages, views, number = conversation["messages"], [], 0
     told = iter(found)

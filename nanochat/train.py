@@ -411,7 +411,8 @@ def keep_memory() -> None:
 def _check_same_run(path: Path, config: TrainConfig, tokenizer: Any) -> None:
     """Refuse to continue a run with other data: the loader would go on at a place that is none."""
     before = ckpt.read_meta(path).get("config", {})
-    same = ("data", "seed", "device_batch_size", "sequence_len")
+    shares = [name for name in vars(config) if name.endswith("_share")]
+    same = ("data", "seed", "device_batch_size", "sequence_len", "top_k", *shares)
     changed = [
         f"--{name} {getattr(config, name)}, not {before[name]}"
         for name in same

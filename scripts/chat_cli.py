@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from simple_parsing import field
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, init_distributed, pick_dtype
+from nanochat.common import UserError, init_distributed, pick_dtype, print0
 from nanochat.config import run
 from nanochat.engine import Engine, check_sampling
 from nanochat.rag_utils import ABSTENTION, document_text, extract_citations, strip_citations
@@ -23,8 +23,7 @@ from nanochat.reader import answer_together, focus, stream_each
 from nanochat.retrieval import RetrievalManager
 
 MAX_CHARS = 100_000  # of a question: far more than any context holds, and quick to refuse
-CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # but tab and newline
-HELP = """With a knowledge base every question stands for itself, unless passages are read together.
+HELP = """With a knowledge base every question stands for itself, unless the model reads all passages in one context.
 /docs   the passages of the last answer in full
 /clear  forget the conversation
 /quit   leave (so do Ctrl-D, and Ctrl-C at the prompt)"""
@@ -103,14 +102,15 @@ class Chat:
     def _conversation(self, question: str) -> dict:
         """The messages to send: system, as many of the last turns as a quarter of the context holds, the question.
 
-        Passages read one by one are asked this question alone: the model learned to read so, and earlier answers about
-        other passages mislead it. Together, only the question's own passages are sent along: those of earlier ones
-        would crowd them out. Citations of earlier answers go with their passages, whose numbers are given out anew.
+        Passages read one by one, or by the evidence reader, are asked this question alone: they learned to read so, and
+        earlier answers about other passages mislead. In one context, only the question's own passages are sent along:
+        those of earlier ones would crowd them out. Citations of earlier answers go with their passages, whose numbers
+        are given out anew.
         """
         c, count = self.config, self.engine.tokenizer.encode_text
         budget = self.engine.model.config.sequence_len // 4
         history: list[dict] = []
-        alone = self.manager and c.read == "each"
+        alone = self.manager and (c.read == "each" or (self.engine.model.evidence and c.quote))
         for asked, answered in reversed(() if alone else self.turns):
             answered = strip_citations(answered) if self.manager else answered
             budget -= len(count(asked)) + len(count(answered)) + 4
@@ -153,11 +153,6 @@ def numbers_read(ids: list[int], tokenizer) -> set[int]:
     return {int(n) for head in heads if (n := head.partition("]")[0].removeprefix("[")).isdecimal()}
 
 
-def show(text: str, end: str = "\n") -> None:
-    """Print text that a document or a model may have written: without what would steer the terminal."""
-    print(text.translate(CONTROL), end=end, flush=True)
-
-
 def chat_loop(chat: Chat) -> None:
     """Read questions until /quit, Ctrl-D or Ctrl-C at the prompt."""
     print("Ask a question, or type /help.")
@@ -173,7 +168,7 @@ def chat_loop(chat: Chat) -> None:
             chat.clear()
             print("Forgotten.")
         elif line == "/docs":
-            show("\n\n".join(document_text(d, n) for n, d in enumerate(chat.documents, 1)) or "No passages yet.")
+            print0("\n\n".join(document_text(d, n) for n, d in enumerate(chat.documents, 1)) or "No passages yet.")
         elif line.startswith("/"):
             print(HELP if line == "/help" else f"Unknown command {line[:40]}\n{HELP}")
         elif line:
@@ -185,7 +180,7 @@ def show_answer(chat: Chat, question: str) -> None:
     pieces = chat.ask(question)
     try:
         for piece in pieces:
-            show(piece, end="")
+            print0(piece, end="")
         print()
     except KeyboardInterrupt:
         pieces.close()
@@ -194,7 +189,7 @@ def show_answer(chat: Chat, question: str) -> None:
         print(f"error: {e}")
         return
     if lines := chat.sources():
-        show("\n" + "\n".join(lines))
+        print0("\n" + "\n".join(lines))
 
 
 def main(config: Config) -> None:
@@ -232,11 +227,11 @@ def main(config: Config) -> None:
         chat_loop(chat)
         return
     for piece in chat.ask(config.prompt):
-        show(piece, end="")
+        print0(piece, end="")
     print(flush=True)
     if lines := chat.sources():
         with contextlib.redirect_stdout(sys.stderr):
-            show("\n".join(lines))
+            print0("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Config(TrainConfig):
     handbook_share: float = 0.32  # share of contexts from handbooks (tasks/handbooks.py)
     two_hop_share: float = 0.09  # share of all contexts that hold several documents, of which the question takes two
     several_share: float = 0.04  # share of all contexts that hold several documents
-    whole_share: float = 0.08  # share of all contexts that hold a whole one; the rest: an excerpt
+    whole_share: float = 0.08  # share of all contexts that hold a whole one (or two hops' two); the rest: an excerpt
     val_examples: int = 200  # questions a validation
 
 
@@ -55,7 +55,9 @@ def main(config: Config) -> dict[str, float]:
     for name in ("dry_run", "compile", "gradient_checkpointing"):
         if getattr(config, name):
             raise UserError(f"--{name} isn't for the evidence reader")
-    for name in ("top_k", "sequence_len", "device_batch_size"):
+    if not config.model_tag:
+        raise UserError("--model_tag is needed: the language model's, which looks for it there")
+    for name in ("top_k", "sequence_len", "device_batch_size", "val_examples"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
 
@@ -71,7 +73,7 @@ def main(config: Config) -> dict[str, float]:
     found = {"queries": retrieve_all(manager, train_rows)}  # what looks alike, among it who only names the thing asked
     for name, other in (("fiction", world), ("handbook", books)):
         retriever = BM25Retriever([Document.from_dict(doc) for doc in other.documents.values()])
-        found[name] = retrieve_all(retriever, other.queries)
+        found[name] = retrieve_all(retriever, other.queries[: 100 * config.num_iterations])  # a short run draws few
 
     # 2. What is practised: of three sources excerpts of one document, whole ones, several at once, and what takes two
     usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)

@@ -26,8 +26,9 @@ With `--read each` (the default) every document is read alone and the answer com
 itself (nanochat/reader.py). How the model's odds, an evidence reader's and the retriever's opinion are weighed, whose
 words are said, and from where on it is better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with
 the checkpoint; it takes several files (commas between them), and one that has a knowledge base of its own,
-Q/../knowledge_base, is asked of that. With `--read together` all are one text to the evidence reader, or one context
-to the language model where it was calibrated without; always so in `two_hop` and `retrieved_together`.
+Q/../knowledge_base, is asked of that. With `--read together` the closest sentences of all are one text to the evidence
+reader, or all are one context to the language model where it was calibrated without; always so in `two_hop` and
+`retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in
@@ -305,7 +306,7 @@ def evidence_reader(config: Config, tag: str, device: torch.device) -> "Evidence
         return None
     from nanochat.evidence import load_evidence
 
-    return load_evidence("evidence", config.evidence or tag, device=device)
+    return load_evidence(config.evidence or tag, device=device)
 
 
 def read_and_answer(
@@ -351,7 +352,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
     `judged` are the ids of the questions that are to be judged; none of them may be learned from.
     """
     answerable, unanswerable, asked = [], [], []
-    for path in config.calibrate.split(","):
+    for path in map(str.strip, config.calibrate.split(",")):
         rows = load_queries(path)
         if {r["id"] for r in rows} & judged:
             raise UserError(

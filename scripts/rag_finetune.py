@@ -8,8 +8,8 @@ Questions come from `--queries` (default: the `queries/` folder beside the knowl
 document alone or among distractors, many of them what the retriever finds; in a share of examples the gold document is
 missing and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch
 (tasks/rag_task.py). Excerpts of one document are most of the practice, because that is how answers are given by default
-(nanochat/reader.py): the model has to know whether this one answers. As many of them are from handbooks about
-everything (tasks/handbooks.py) as from `--queries`. The rest are several documents cut to three sentences, and whole
+(nanochat/reader.py): the model has to know whether this one answers. A few more of them are from handbooks
+about everything (tasks/handbooks.py) than from `--queries`. The rest are several documents cut to three sentences, and whole
 ones. `--keep_best one_score` (the mean of F1 and abstention over one document) with `--early_stop 3` keeps the
 best checkpoint and stops when it gets no better. `--block_pattern`, where given, must be the checkpoint's.
 """
@@ -71,8 +71,9 @@ def main(config: Config) -> dict[str, float]:
     # 1. Knowledge base and questions
     if not config.knowledge_base:
         raise UserError("--knowledge_base is needed; python -m scripts.prepare_rag_dataset makes an example one")
-    if config.top_k < 1:
-        raise UserError(f"--top_k {config.top_k}: at least 1")
+    for name in ("top_k", "val_examples"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc.to_dict() for doc in manager.documents}
     queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")

@@ -154,7 +154,8 @@ def pointing_eval(task: Task, n: int, prefix: str) -> Callable[[nn.Module], dict
             "over_abstains": mean([odds <= 0 for _, odds, _ in there]),
             "abstains": mean([odds <= 0 for odds in gone]),
         }
-        out["score"] = (out["f1"] - out["over_abstains"] + out["abstains"]) / 2
+        said = mean([answer_f1(text, [w]) * (odds > 0) for text, odds, w in there])
+        out["score"] = (said + out["abstains"]) / 2
         return {prefix + name: value for name, value in out.items()}
 
     return evaluate

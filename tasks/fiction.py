@@ -155,7 +155,7 @@ class Maker(Names):
         if rng.random() < 0.6:
             e.second = self.entity(kind)
             self.give_facts(e.second, rng.sample(list(kind.relations), 2), [v.text for v in e.facts.values()])
-        for n, told, title in zip(count(1), parts, rng.sample(PHRASES["title"].seen[:-1], 2)):
+        for n, told, title in zip(count(1), parts, rng.sample(PHRASES["title"].seen, 2)):
             held, second = self.held(), e.second if n == 1 else None
             for _ in range(20):
                 text = self.tell(e, told, second, held)

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from nanochat.evidence import (
     EvidenceConfig,
     EvidenceReader,
     Pointer,
+    Window,
+    _best,
     pointer_loss,
     read_pair,
     shown_text,
@@ -148,12 +151,21 @@ def test_odd_input_is_read_all_the_same(net):
         ("Wer? " * 500, long),
         ("東京 🙂 \ud800", [{"title": "\ud800", "content": "half \udc00 a pair"}]),
     ]
-    found = reader.find([*asked, ("Who?", [{"title": "", "content": "[7]"}])])
+    found = reader.find(asked)
     assert found[:3] == [None] * 3 and found[3].text and found[4].text
-    assert found[5] is None or found[5].text == "7"  # neither a citation nor half of one is an answer
     assert reader.find([]) == []
     assert all(len(w.ids) <= MAX_PIECES for question, docs in asked for w in read_pair(question, shown_text(docs)[0]))
     assert len(read_pair("Who?", shown_text(long)[0])) > 3
+
+
+@pytest.mark.parametrize("text, answer", [("[7]", None), ("[7", None), ("7", "7"), ("ponds [7]", "ponds [7]")])
+def test_a_citation_or_half_of_one_is_no_answer(text, answer):
+    pieces = [(n, n + 1) for n in range(len(text))]
+    window = Window([1] * (len(text) + 1), [0] + [1] * len(text), [(0, 0), *pieces])
+    logits = np.zeros((len(text) + 1, 2))
+    logits[1, 0] = logits[-1, 1] = 9.0  # from the first to the last
+    found = _best(window, logits, text, [(0, len(text))])
+    assert (found and found.text) == answer
 
 
 def test_attention_is_the_same_in_training(net):

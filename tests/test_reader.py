@@ -74,6 +74,18 @@ def test_of_a_document_only_the_closest_sentences_are_read_in_their_order():
     assert view["messages"][0]["documents"][0]["content"] == "It is one. It is three."
 
 
+def test_reading_together_takes_more_sentences():
+    talk = conversation("River?", "It is one. It is two. It is three. It is four. It is five.")
+    talk["messages"][0]["documents"][0]["closest"] = [f"It is {n}." for n in ("four", "two", "one", "five")]
+    engine = make_engine(sequence_len=256)
+    engine.model.evidence = Finder("four")
+    answer_together(engine, [talk])
+    [(_, [doc])] = engine.model.evidence.asked
+    assert doc["content"] == "It is one. It is two. It is four. It is five."
+    [view] = one_document_each(talk)
+    assert view["messages"][0]["documents"][0]["content"] == "It is two. It is four."
+
+
 def test_the_sentence_with_the_evidence_is_read_too():
     talk = conversation("River?", "It is one. It is two. It is three.  It is four.")
     talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one."]
