@@ -9,8 +9,8 @@ document alone or among distractors, many of them what the retriever finds; in a
 missing and the answer is the abstention. Documents are drawn, shuffled and numbered anew every epoch
 (tasks/rag_task.py). Excerpts of one document are most of the practice, because that is how answers are given by default
 (nanochat/reader.py): the model has to know whether this one answers. A few more of them are from handbooks
-about everything (tasks/handbooks.py) than from `--queries`. The rest are several documents cut to three sentences, and whole
-ones. `--keep_best one_score` (the mean of F1 and abstention over one document) with `--early_stop 3` keeps the
+about everything (tasks/handbooks.py) than from `--queries`. The rest are several documents cut to three sentences, and
+whole ones. `--keep_best one_score` (the mean of F1 and abstention over one document) with `--early_stop 3` keeps the
 best checkpoint and stops when it gets no better. `--block_pattern`, where given, must be the checkpoint's.
 """
 
