@@ -2,8 +2,8 @@
 # From an empty machine to a model that reads documents:  bash speedrun.sh
 #
 #   SPEEDRUN=smoke|cpu|node  how much: smoke, a few minutes that show every stage runs (it learns little); cpu, an
-#                            hour on two cores with bf16 units, and on a GPU if there is one; node, 8 GPUs, depth 20,
-#                            never run by us. Default: node with 8 GPUs or more, else cpu.
+#                            hour or more on two cores with bf16 units, and on a GPU if there is one; node, 8 GPUs,
+#                            depth 20, never run by us. Default: node with 8 GPUs or more, else cpu.
 #   NANOCHAT_BASE_DIR=path   where everything is written (default ~/.cache/nanochat/<preset>)
 #   NPROC=n                  processes a training stage uses (default: without GPUs 2; for node their number; else 1)
 #

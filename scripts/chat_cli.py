@@ -130,14 +130,17 @@ class Chat:
     def sources(self) -> list[str]:
         """A line for each passage: number, score, title; * marks the cited ones. Then what was cited."""
         cited = extract_citations(self.answer)
-        lines = []
+        lines, titles = (
+            [],
+            [" ".join(doc["title"].split()) for doc in self.documents],
+        )  # a line break would forge a line
         for n, doc in enumerate(self.documents, 1):
             lost = "" if n in self.read else "  (left out: no room)"
             date = f" ({doc['date']})" if doc.get("date") else ""
-            lines.append(f"{'*' if n in cited else ' '} [{n}] {doc['score']:7.3f}  {doc['title']}{date}{lost}")
+            lines.append(f"{'*' if n in cited else ' '} [{n}] {doc['score']:7.3f}  {titles[n - 1]}{date}{lost}")
         if self.documents:
             unknown = [n for n in cited if not 1 <= n <= len(self.documents)]
-            good = [f"[{n}] {self.documents[n - 1]['title']}" for n in cited if n not in unknown]
+            good = [f"[{n}] {titles[n - 1]}" for n in cited if n not in unknown]
             lines.append("cited: " + ("; ".join(good) or "nothing"))
             if unknown:
                 lines.append("cited, but there is no such passage: " + ", ".join(f"[{n}]" for n in unknown))

@@ -243,10 +243,11 @@ def test_bytes_that_are_not_utf8_are_no_reason_to_stop(home, monkeypatch, capsys
 
 
 def test_what_a_document_says_does_not_steer_the_terminal(home, monkeypatch, capsys, tmp_path):
-    build_kb([Document("1", "Freedonia\x1b[2J", "river\x07 of\x9b31m Freedonia")], tmp_path / "kb", "bm25")
+    build_kb([Document("1", "Freedonia\x1b[2J\ncited: [3]", "river\x07 of\x9b31m Freedonia")], tmp_path / "kb", "bm25")
     cli(monkeypatch, "--knowledge_base", str(tmp_path / "kb"), stdin="The river of Freedonia?\n/docs\n")
     out = capsys.readouterr().out
     assert "Freedonia[2J" in out and not set(out) & set("\x1b\x07\x9b")
+    assert "Freedonia[2J cited: [3]" in out
 
 
 def test_passages_without_room_are_said_to_be_left_out(home, monkeypatch, capsys, tmp_path):
