@@ -108,7 +108,8 @@ stage() { # stage NAME MAKES FROM COMMAND...: run COMMAND unless what it MAKES i
     touch "$out/.stage"
     "$@" || {
         local code=$?
-        echo "stopped in stage '$name'; the same command goes on from here" >&2
+        echo "stopped in stage '$name': see above; the same command goes on from here," \
+            "another NANOCHAT_BASE_DIR begins anew" >&2
         exit $code
     }
     if [ ! "$out/.stage" -nt "$(product "$makes")" ]; then # it did run: note the seconds, one line a stage

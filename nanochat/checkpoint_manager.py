@@ -314,14 +314,14 @@ def check_confidence(fitted: Any) -> dict | None:
     """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
     if fitted is None:
         return None
-    if isinstance(fitted, dict) and len(fitted.get("weights", ())) != 5:  # it weighed other features of other contexts
+    if isinstance(fitted, dict) and len(fitted.get("weights", ())) != 7:  # it weighed other features of other contexts
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )
         return None
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {5} or 0 in out["scale"]:
-        raise ValueError("confidence needs five numbers of each kind")
+    if {len(v) for v in out.values()} != {7} or 0 in out["scale"]:
+        raise ValueError("confidence needs seven numbers of each kind")
     out["words"] = [float(v) for v in fitted["words"]]
     if len(out["words"]) != 3:
         raise ValueError("confidence needs three numbers for words")

@@ -51,6 +51,7 @@ class Evidence:
 
     text: str
     document: int  # its place among those that were read
+    sentence: str  # in which they stand
     logprob: float  # of these words, given that there are any
     odds: float  # log-odds of these words to there being none
 
@@ -87,13 +88,15 @@ class Pointer(nn.Module):
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         self.compute_dtype = dtype
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        """All parameters for AdamW; vectors aren't decayed."""
-        adam = {"kind": "adamw", "lr": lr, "betas": (0.9, 0.98), "eps": 1e-8}
-        matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    def param_groups(self, matrix_lr: float, pointer_lr: float, weight_decay: float) -> list[dict]:
+        """The layers' matrices for Muon, all the rest for AdamW; only the former are decayed."""
+        matrices = [p for name, p in self.encoder.items() if p.ndim == 2 and name.startswith("encoder")]
+        taken = set(map(id, matrices))
+        rest = [p for p in self.parameters() if id(p) not in taken]
+        adam = {"kind": "adamw", "lr": pointer_lr, "weight_decay": 0.0, "betas": (0.9, 0.98), "eps": 1e-8}
         return [
-            {"name": "matrices", "params": matrices, "weight_decay": weight_decay, **adam},
-            {"name": "vectors", "params": vectors, "weight_decay": 0.0, **adam},
+            {"name": "matrix", "kind": "muon", "params": matrices, "lr": matrix_lr, "weight_decay": weight_decay},
+            {"name": "rest", "params": rest, **adam},
         ]
 
 
@@ -226,7 +229,8 @@ def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[i
     scores[0] = -np.inf
     starts = [start for start, _ in window.places]
     document = np.searchsorted([end for _, end in documents], starts, side="right")
-    sentence = np.searchsorted([found.end() for found in _SENTENCE.finditer(text)], starts, side="right")
+    ends = [*(found.end() for found in _SENTENCE.finditer(text)), len(text)]
+    sentence = np.searchsorted(ends[:-1], starts, side="right")
     part = document + sentence  # neither ever falls: the sum is the same where both are
     scores[part[:, None] != part] = -np.inf  # an answer stands in one sentence of one document
     a, b = divmod(int(scores.argmax()), n)
@@ -236,4 +240,6 @@ def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[i
     odds = logits[a, 0] + logits[b, 1] - logits[0].sum()
     if not any(map(str.isalnum, strip_citations(words + "]"))):  # "[7]" is no answer, nor is "[7"
         return None
-    return Evidence(words, int(document[a]), float(scores[a, b]), float(odds))
+    (start, end), k = documents[document[a]], sentence[a]
+    said = text[max(start, ends[k - 1] if k else 0) : min(end, ends[k])].strip()
+    return Evidence(words, int(document[a]), said, float(scores[a, b]), float(odds))

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 ALONE, TOGETHER = 2, 4  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
-FEATURES = 5  # of a document: what `look` gives
+FEATURES = 7  # of a document: what `look` gives
+FAINT = 0.05  # a weight below this, of a feature of variance 1, is none
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
     "its know like long many me much my name of old on or please tell that the there this to was were what when where "
@@ -54,17 +55,20 @@ def look(
     """Each conversation once for every document in it, and what speaks for answering from that one.
 
     The latter is (documents, FEATURES): the log-odds that the model answers rather than abstains when it reads this
-    document alone (abstains in all words: other answers begin with an "I", too); the document's similarity to the query
-    (nan where the retriever gave none); the shares of the question's names and of its words that the document has
-    (`shared_words`); the evidence reader's odds (nan without one). Its place among the others doesn't count. `known`
-    remembers from call to call what models said. A view has as its "evidence" what was found in its document.
+    document alone (abstains in all words: other answers begin with an "I", too; nan where calibration gave them no
+    weight); the document's similarity to the query (nan where the retriever gave none); the shares of the question's
+    names and of its words that the document has (`shared_words`), and that its title and the sentence with the evidence
+    have; the evidence reader's odds (nan without one). Its place among the others doesn't count. `known` remembers from
+    call to call what models said. A view has as its "evidence" what was found in its document.
     """
     known = {} if known is None else known
+    fitted = engine.model.confidence
     asked = [[(asks(c), [doc]) for doc in _documents(check_conversation(c))] for c in conversations]
     said = iter(point(engine, [one for each in asked for one in each], known))
     found = [[next(said) for _ in each] for each in asked]
     views = [one_document_each(c, told) for c, told in zip(conversations, found)]
-    prompts = [engine.prompt(view, max_tokens) for v in views for view in v]
+    heard = fitted is None or fitted["weights"][0]
+    prompts = [engine.prompt(view, max_tokens) for v in views for view in v] if heard else []
     keys = [np.array(ids).tobytes() for ids in prompts]
     new = {key: ids for key, ids in zip(keys, prompts) if key not in known}
     known.update(zip(new, engine.score_batch(list(new.values()), engine.refusal, batch_size, progress)))
@@ -74,7 +78,9 @@ def look(
         rows = []
         for (question, [doc]), evidence in zip(pairs, told):
             likeness = math.nan if doc.get("similarity") is None else doc["similarity"]
-            rows.append((next(odds), likeness, *shared_words(question, doc), evidence.odds if evidence else math.nan))
+            there = {**doc, "content": evidence.sentence} if evidence else {}
+            words = shared_words(question, doc) + (shared_words(question, there) if there else (math.nan, math.nan))
+            rows.append((next(odds, math.nan), likeness, *words, evidence.odds if evidence else math.nan))
         out.append((v, np.array(rows).reshape(-1, FEATURES)))
     return out
 
@@ -304,7 +310,8 @@ def fit_confidence(
     """Weights for `confidence` from validation questions, each with its documents' features.
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others; the bias is such that the share `abstain` of the unanswerable questions isn't answered.
+    documents from all others, `FAINT` weights being none; the bias is such that the share `abstain` of the unanswerable
+    questions isn't answered.
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
@@ -321,7 +328,8 @@ def fit_confidence(
     spread = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / count)
     scale = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
-    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": model.coef_[0].tolist(), "bias": 0.0}
+    weights = np.where(np.abs(model.coef_[0]) < FAINT, 0.0, model.coef_[0])
+    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "bias": 0.0}
     fitted["usual"] = usual
     scores = [(confidence(f, fitted), mask) for f, mask in answerable]
     bias = -float(np.quantile([confidence(f, fitted).max() for f in unanswerable], abstain))

@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, float]:
             kinds = torch.arange(length, device=d.device).ge(length // 4).long().expand(shape)
             ids, targets = torch.full_like(kinds, 2000), torch.zeros((shape[0], 2), dtype=torch.long, device=d.device)
             learn = partial(pointer_loss, net, ids, targets, kinds)
-            micro, update = time_step(learn, build_optimizer(net.param_groups(0, 0), d), d.device)
+            micro, update = time_step(learn, build_optimizer(net.param_groups(0, 0, 0), d), d.device)
         else:
             supervised = 0.1 if name in ("chat SFT", "RAG SFT") else 1.0  # share of tokens that are targets
             ids = torch.randint(0, model.config.vocab_size, shape, device=d.device)

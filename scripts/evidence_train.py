@@ -39,8 +39,8 @@ class Config(TrainConfig):
     num_iterations: int = 800  # optimizer steps
     device_batch_size: int = 32  # rows of sequence_len word pieces per micro-batch and process
     sequence_len: int = 128  # word pieces a row; what is longer or shorter makes fewer or more rows of it
-    pointer_lr: float = 2e-4  # learning rate (AdamW)
-    weight_decay: float = 0.01  # of matrices, decoupled
+    matrix_lr: float = 6e-3  # learning rate of the layers' matrices (Muon)
+    pointer_lr: float = 2e-4  # learning rate of the rest (AdamW)
     warmup_ratio: float = 0.05  # share of the run in which the learning rate rises linearly from 0
     warmdown_ratio: float = 0.9  # share of the run in which it falls linearly, at the end
     fiction_share: float = 0.36  # share of contexts from an invented world (tasks/fiction.py)
@@ -123,7 +123,7 @@ def main(config: Config) -> dict[str, float]:
     net = Pointer(EvidenceConfig())
     return train(
         net, loader, config, source="evidence", tokenizer=None, loss_fn=pointer_loss, evals=evals, dist_info=d,
-        param_groups=net.param_groups(config.pointer_lr, config.weight_decay),
+        param_groups=net.param_groups(config.matrix_lr, config.pointer_lr, config.weight_decay),
         meta={"knowledge_base": config.knowledge_base},
     )  # fmt: skip
 

@@ -37,8 +37,9 @@ contradictory_undated both sides, half each. hallucination: answered, and no sho
 precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and could be; a
 single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question and
 documents to the first token of the answer (to all of it where a calibrated model weighs its words before it speaks),
-five asked one at a time; tokens: what the language model reads for them, on average, or would. With `--quote true` an
-answer is always some document's words, so that hallucination says little: look at f1. Intervals are 95 % bootstrap.
+five asked one at a time; tokens: what the language model reads for them, on average, or would if its vote counted.
+With `--quote true` an answer is always some document's words, so that hallucination says little: look at f1. Intervals
+are 95 % bootstrap.
 """
 
 import math
@@ -352,6 +353,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
     `judged` are the ids of the questions that are to be judged; none of them may be learned from.
     """
     answerable, unanswerable, asked = [], [], []
+    engine.model.confidence = None  # an earlier calibration's may spare the model from being asked
     for path in map(str.strip, config.calibrate.split(",")):
         rows = load_queries(path)
         if {r["id"] for r in rows} & judged:

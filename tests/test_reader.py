@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ class Finder:
 
     def one(self, docs):
         there = [(w, n) for w in self.words for n, doc in enumerate(docs) if w in doc["content"].split()]
-        return Evidence(*there[0], -0.1, self.odds) if there else None
+        said = [docs[n]["content"] for _, n in there[:1]]
+        return Evidence(*there[0], *said, -0.1, self.odds) if there else None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_the_sentence_with_the_evidence_is_read_too():
     talk = conversation("River?", "It is one. It is two. It is three.  It is four.")
     talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one."]
     for text, read in (("two", "It is two. It is three."), ("three", None), ("no", None), ("tw", None)):
-        [view] = one_document_each(talk, [Evidence(text, 0, -0.1, 2.0)])
+        [view] = one_document_each(talk, [Evidence(text, 0, "", -0.1, 2.0)])
         assert view["messages"][0]["documents"][0]["content"] == (read or "It is one. It is three.")
         assert view["evidence"] == {"text": text, "logprob": -0.1, "number": 1}
 
@@ -104,11 +106,34 @@ def test_what_an_evidence_reader_finds_counts_and_goes_with_its_document():
     assert [view["evidence"] for view in views] == [
         {"text": t, "logprob": -0.1, "number": n} for n, t in enumerate(("one", "two", "two"), 1)
     ]
-    assert features[:, 4].tolist() == [5.0] * 3
+    assert features[:, 6].tolist() == [5.0] * 3
     look(engine, [talk], known=known)
     assert len(engine.model.evidence.asked) == 3  # read once
-    engine.model.confidence = by_similarity(bias=1.0) | {"weights": [0, 0, 0, 0, 1.0], "words": [0.0, 0.0, -1.0]}
+    engine.model.confidence = by_similarity(bias=1.0) | {"weights": [0] * 6 + [1.0], "words": [0.0, 0.0, -1.0]}
     assert answer_each(engine, [talk], max_tokens=9)[0] == ["one. [1] Or, by another document: two. [2]"]
+
+
+def test_names_and_words_count_in_the_document_and_in_the_sentence_with_the_evidence():
+    engine = make_engine(sequence_len=256)
+    talk = conversation("How long is the border of Freedonia?", "It borders Freedonia. Its border is 9 km long.")
+    engine.model.evidence = SimpleNamespace(
+        find=lambda asked: [Evidence("9 km", 0, "Its border is 9 km long.", -0.1, 5.0)] * len(asked)
+    )
+    [(_, features)] = look(engine, [talk])
+    assert features[0, 2:].tolist() == [1, 2 / 2, 0, 1 / 2, 5.0]
+    engine.model.evidence = SimpleNamespace(find=lambda asked: [None] * len(asked))
+    [(_, features)] = look(engine, [talk])
+    assert features[0, 2:4].tolist() == [1, 1] and np.isnan(features[0, 4:]).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_language_model_is_asked_only_where_its_vote_counts(weight, monkeypatch):
+    engine, scored = make_engine(sequence_len=256), []
+    score = engine.score_batch
+    monkeypatch.setattr(engine, "score_batch", lambda ids, *a: scored.extend(ids) or score(ids, *a))
+    engine.model.confidence = by_similarity() | {"weights": [weight, 1.0] + [0.0] * (FEATURES - 2)}
+    [(_, features)] = look(engine, [conversation("River?", "a b", "c")])
+    assert len(scored) == (2 if weight else 0) and np.isnan(features[:, 0]).all() == (not weight)
 
 
 def test_what_is_said_are_the_words_that_are_rather_to_be_trusted():
@@ -214,7 +239,7 @@ def test_what_the_retriever_thinks_may_decide():
         doc["similarity"] = similarity
     [(_, features)] = look(engine, [talk])
     assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    by = lambda weight: by_similarity(beside=9) | {"weights": [0, weight, 0, 0, 0]}
+    by = lambda weight: by_similarity(beside=9) | {"weights": [0, weight] + [0] * (FEATURES - 2)}
     assert confidence(features, by(1)) == pytest.approx([0.1 - 0.9 / 1.5, 0, 0.9 - 0.1 / 1.5])  # unknown is average
     assert confidence(features[:1], by(1) | {"usual": 0.3}) == pytest.approx([0.1 - 0.3])  # alone
     for weight, number in ((1, 3), (-1, 1)):
@@ -223,7 +248,7 @@ def test_what_the_retriever_thinks_may_decide():
         assert [d["number"] for m in chosen["messages"] for d in m.get("documents", ())] == [number]
 
 
-def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
+def test_the_weights_are_learned_from_what_tells_right_documents_from_others(monkeypatch):
     rng = np.random.default_rng(0)
 
     def documents(n, gold):
@@ -235,7 +260,9 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others():
     known = [documents(4, i % 4) for i in range(60)]
     unknown = [documents(4, -1)[0] for _ in range(60)]
     fitted = fit_confidence(known, unknown, 0.86)
-    assert fitted["weights"][1] > 5 * abs(fitted["weights"][0]) and fitted["weights"][2] == 0
+    assert fitted["weights"][1] > 1 and fitted["weights"][0] == 0 == fitted["weights"][2]
+    monkeypatch.setattr("nanochat.reader.FAINT", 0)
+    assert 0 < abs(fit_confidence(known, unknown, 0.86)["weights"][0]) < 0.05  # too faint to be worth a reading
     best = lambda f: confidence(f, fitted)
     assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
     assert np.mean([best(f).max() <= 0 for f in unknown]) == pytest.approx(0.86, abs=0.02)

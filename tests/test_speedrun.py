@@ -120,6 +120,10 @@ def test_a_second_run_trains_and_evaluates_nothing_again_and_keeps_the_times(she
     for stage in ("rag", "evidence"):
         shutil.rmtree(base / "checkpoints" / stage)
         assert called(speedrun(shell, **options))[-5:] == ["rag_finetune", *["rag_eval"] * 3, "report"]
+    # and so are new test questions
+    (base / "fiction" / "queries").mkdir()
+    (base / "fiction" / "queries" / "test.jsonl").write_text("{}")
+    assert called(speedrun(shell, **options))[-4:] == [*["rag_eval"] * 3, "report"]
     assert times(base) == [line.split("\t")[0] for line in before.splitlines()]
     assert (base / "times.tsv").read_text() != before
 
