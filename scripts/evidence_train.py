@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, float]:
     usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
     easier = replace(usual, absent=0.25, paired=0.1)
     several = {"min_docs": min(2, config.top_k), "max_docs": config.top_k, "sentences": 3}
-    sizes = {"whole": {}, "several": several, "two_hop": several | {"follow_up": 0.0}, "excerpt": {"sentences": 3}}
+    sizes = {"whole": {}, "several": several, "two_hop": several | {"follow_up": 0.0}, "excerpt": {"sentences": 5}}
     sources = {
         "queries": (RAGTask, train_rows, documents, usual),
         "fiction": (RAGTask, world.queries, world.documents, usual),
