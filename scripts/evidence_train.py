@@ -39,7 +39,7 @@ class Config(TrainConfig):
     num_iterations: int = 800  # optimizer steps
     device_batch_size: int = 32  # rows of sequence_len word pieces per micro-batch and process
     sequence_len: int = 128  # word pieces a row; what is longer or shorter makes fewer or more rows of it
-    matrix_lr: float = 6e-3  # learning rate of the layers' matrices (Muon)
+    matrix_lr: float = 1.5e-3  # learning rate of the layers' matrices (Muon)
     pointer_lr: float = 2e-4  # learning rate of the rest (AdamW)
     warmup_ratio: float = 0.05  # share of the run in which the learning rate rises linearly from 0
     warmdown_ratio: float = 0.9  # share of the run in which it falls linearly, at the end

@@ -19,6 +19,7 @@ from nanochat.evidence import (
     shown_text,
     stack,
 )
+from nanochat.optim import build_optimizer
 from nanochat.rag_utils import ABSTENTION
 from tasks.common import MixStream
 from tasks.evidence import PairLoader, PointerStream, draw_pair, pointing_eval
@@ -125,9 +126,12 @@ def test_a_resumed_loader_gives_the_batches_of_one_that_went_on():
 def test_it_learns_to_point(net):
     loader = PairLoader(towns(), 16, 32)
     before = pointing_eval(Towns(), 12, "")(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
+    groups = net.param_groups(0.001, 3e-4, 0.0)
+    assert sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    optimizer = build_optimizer(groups)
     for _ in range(40):
         pointer_loss(net, *next(loader)).backward()
+        optimizer.reduce_gradients()
         optimizer.step()
         optimizer.zero_grad()
     after = pointing_eval(Towns(), 12, "")(net)
@@ -135,10 +139,11 @@ def test_it_learns_to_point(net):
     reader = EvidenceReader(net)
     docs = [{"title": "A", "content": "Bob likes tea."}, {"title": "B", "content": "Ann lives in Kelso, says Bob."}]
     [found, nobody] = reader.find([("Where does Ann live?", docs), ("Who?", docs[:1])])
-    assert (found.text, found.document) == ("Kelso", 1) and found.odds > 0 > nobody.odds and found.logprob <= 0
+    assert (found.text, found.document, found.sentence) == ("Kelso", 1, "B. Ann lives in Kelso, says Bob.")
+    assert found.odds > 0 > nobody.odds and found.logprob <= 0
     far = [{"title": "A", "content": "Rain falls on hills. " * 300 + "Ann lives in Kelso."}]
     [found] = reader.find([("Where does Ann live?", far)])
-    assert found.text == "Kelso"
+    assert found.text == "Kelso" and found.sentence == "Ann lives in Kelso."
 
 
 def test_odd_input_is_read_all_the_same(net):
