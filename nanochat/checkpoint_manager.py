@@ -368,6 +368,7 @@ def load_model(
         from nanochat.evidence import evidence_of  # it needs this module
 
         model.evidence = evidence_of(meta["evidence"], device, dtype)
+        model.confidence = confidence if model.evidence else None  # it was learned with what isn't there
     model.to(device)
     if phase == "eval":
         model.eval().requires_grad_(False)

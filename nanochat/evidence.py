@@ -11,7 +11,6 @@ answer's first and its last, and [CLS] that of there being none. nanochat/reader
 language model's own words.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from nanochat import minilm
 from nanochat.checkpoint_manager import find_checkpoint, load_checkpoint, load_weights
 from nanochat.common import UserError, pick_dtype, print0
 from nanochat.documents import valid_unicode
+from nanochat.passages import sentence_spans
 from nanochat.rag_utils import strip_citations
 
 MAX_PIECES = 512  # word pieces of question and text: MiniLM's positions end there
@@ -33,7 +33,6 @@ OVERLAP = 96  # word pieces that two windows of a longer text share
 MAX_WINDOWS = 64  # of a text
 LONGEST = 40  # word pieces of an answer
 BATCH = 4096  # word pieces that are read at a time
-_SENTENCE = re.compile(r"(?:\w{4}|[\d)%\"”])[.!?][\"”]?\s+(?=[A-Z\"“])")  # where one ends; "Dr. No" is none
 WORDS = "embeddings.word_embeddings.weight"
 
 
@@ -229,8 +228,8 @@ def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[i
     scores[0] = -np.inf
     starts = [start for start, _ in window.places]
     document = np.searchsorted([end for _, end in documents], starts, side="right")
-    ends = [*(found.end() for found in _SENTENCE.finditer(text)), len(text)]
-    sentence = np.searchsorted(ends[:-1], starts, side="right")
+    spans = list(sentence_spans(text))
+    sentence = np.searchsorted([end for _, end in spans[:-1]], starts, side="right")
     part = document + sentence  # neither ever falls: the sum is the same where both are
     scores[part[:, None] != part] = -np.inf  # an answer stands in one sentence of one document
     a, b = divmod(int(scores.argmax()), n)
@@ -240,6 +239,6 @@ def _best(window: Window, logits: np.ndarray, text: str, documents: list[tuple[i
     odds = logits[a, 0] + logits[b, 1] - logits[0].sum()
     if not any(map(str.isalnum, strip_citations(words + "]"))):  # "[7]" is no answer, nor is "[7"
         return None
-    (start, end), k = documents[document[a]], sentence[a]
-    said = text[max(start, ends[k - 1] if k else 0) : min(end, ends[k])].strip()
+    (start, end), (first_char, last_char) = documents[document[a]], spans[sentence[a]]
+    said = text[max(start, first_char) : min(end, last_char)].strip()
     return Evidence(words, int(document[a]), said, float(scores[a, b]), float(odds))

@@ -71,10 +71,15 @@ def split(text: str, chunk_tokens: int = 128, overlap: int = 24) -> list[tuple[i
     return tight
 
 
-def sentences(text: str, limit: int = 64) -> Iterator[str]:
-    """The sentences of a text, in order; what is longer than `limit` tokens comes in pieces."""
-    found = (text[a:b].strip() for a, b, _ in _pieces(text, 0, len(text), limit))
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text, in order, without the space around them."""
+    found = (text[a:b].strip() for a, b in sentence_spans(text))
     return (sentence for sentence in found if sentence)
+
+
+def sentence_spans(text: str, limit: int = 64) -> Iterator[tuple[int, int]]:
+    """Where the sentences of a text, which they cover, begin and end; more than `limit` tokens come in pieces."""
+    return ((a, b) for a, b, _ in _pieces(text, 0, len(text), limit))
 
 
 def _pieces(text: str, start: int, end: int, limit: int, level: int = 0) -> Iterator[tuple[int, int, int]]:

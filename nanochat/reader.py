@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ALONE, TOGETHER = 2, 4  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
 FEATURES = 7  # of a document: what `look` gives
-FAINT = 0.05  # a weight below this, of a feature of variance 1, is none
+FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
     "its know like long many me much my name of old on or please tell that the there this to was were what when where "
@@ -67,8 +67,8 @@ def look(
     said = iter(point(engine, [one for each in asked for one in each], known))
     found = [[next(said) for _ in each] for each in asked]
     views = [one_document_each(c, told) for c, told in zip(conversations, found)]
-    heard = fitted is None or fitted["weights"][0]
-    prompts = [engine.prompt(view, max_tokens) for v in views for view in v] if heard else []
+    counts = fitted is None or fitted["weights"][0]
+    prompts = [engine.prompt(view, max_tokens) for v in views for view in v] if counts else []
     keys = [np.array(ids).tobytes() for ids in prompts]
     new = {key: ids for key, ids in zip(keys, prompts) if key not in known}
     known.update(zip(new, engine.score_batch(list(new.values()), engine.refusal, batch_size, progress)))
@@ -78,9 +78,9 @@ def look(
         rows = []
         for (question, [doc]), evidence in zip(pairs, told):
             likeness = math.nan if doc.get("similarity") is None else doc["similarity"]
-            there = {**doc, "content": evidence.sentence} if evidence else {}
-            words = shared_words(question, doc) + (shared_words(question, there) if there else (math.nan, math.nan))
-            rows.append((next(odds, math.nan), likeness, *words, evidence.odds if evidence else math.nan))
+            near = shared_words(question, {**doc, "content": evidence.sentence}) if evidence else (math.nan, math.nan)
+            told = (*shared_words(question, doc), *near, evidence.odds if evidence else math.nan)
+            rows.append((next(odds, math.nan), likeness, *told))
         out.append((v, np.array(rows).reshape(-1, FEATURES)))
     return out
 
@@ -310,8 +310,8 @@ def fit_confidence(
     """Weights for `confidence` from validation questions, each with its documents' features.
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others, `FAINT` weights being none; the bias is such that the share `abstain` of the unanswerable
-    questions isn't answered.
+    documents from all others; a weight of the language model below `FAINT` is none. The bias is such that the share
+    `abstain` of the unanswerable questions isn't answered.
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
@@ -328,7 +328,8 @@ def fit_confidence(
     spread = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / count)
     scale = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
-    weights = np.where(np.abs(model.coef_[0]) < FAINT, 0.0, model.coef_[0])
+    weights = model.coef_[0]
+    weights[0] *= abs(weights[0]) >= FAINT
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "bias": 0.0}
     fitted["usual"] = usual
     scores = [(confidence(f, fitted), mask) for f, mask in answerable]
@@ -376,14 +377,11 @@ def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = (
 
 
 def _with(close: list[str], content: str, evidence: "Evidence | None") -> list[str]:
-    """The closest sentences, the last of them replaced by the one with the evidence if none has it."""
+    """The closest sentences, the last of them replaced by the one with the evidence if that isn't among them."""
     if evidence is None:
         return close
-    there = re.compile(rf"(?<!\w){re.escape(evidence.text)}(?!\w)")
-    holds = lambda sentence: there.search(" ".join(sentence.split()))
-    if any(map(holds, close)) or not (held := next(filter(holds, sentences(content)), None)):
-        return close
-    return [*close[: max(1, len(close) - 1)], held]
+    held = next((s for s in sentences(content) if evidence.sentence.endswith(" ".join(s.split()))), None)
+    return close if held is None or held in close else [*close[: max(1, len(close) - 1)], held]
 
 
 def date_of(view: dict) -> str:

@@ -127,7 +127,9 @@ def test_it_learns_to_point(net):
     loader = PairLoader(towns(), 16, 32)
     before = pointing_eval(Towns(), 12, "")(net)
     groups = net.param_groups(0.001, 3e-4, 0.0)
-    assert sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    names = {id(p): name for name, p in net.named_parameters()}
+    muon, rest = ([names.pop(id(p)) for p in g["params"]] for g in groups)
+    assert not names and len(muon) == 6 * 6 and all("encoder/layer" in name for name in muon) and "head.weight" in rest
     optimizer = build_optimizer(groups)
     for _ in range(40):
         pointer_loss(net, *next(loader)).backward()

@@ -91,8 +91,14 @@ def test_reading_together_takes_more_sentences():
 def test_the_sentence_with_the_evidence_is_read_too():
     talk = conversation("River?", "It is one. It is two. It is three.  It is four.")
     talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one."]
-    for text, read in (("two", "It is two. It is three."), ("three", None), ("no", None), ("tw", None)):
-        [view] = one_document_each(talk, [Evidence(text, 0, "", -0.1, 2.0)])
+    for text, sentence, read in (
+        ("two", "It is two.", "It is two. It is three."),
+        ("two", "T1. It is two.", "It is two. It is three."),  # a title that ends no sentence
+        ("It", "It is four.", "It is three. It is four."),
+        ("three", "It is three.", None),
+        ("no", "It is no.", None),
+    ):
+        [view] = one_document_each(talk, [Evidence(text, 0, sentence, -0.1, 2.0)])
         assert view["messages"][0]["documents"][0]["content"] == (read or "It is one. It is three.")
         assert view["evidence"] == {"text": text, "logprob": -0.1, "number": 1}
 

@@ -257,13 +257,17 @@ def test_evidence_training_goes_on_where_it_was(world):
 
 def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them(world, monkeypatch):
     asked = []
-    found = lambda *a: asked.append((a[1].path, len(a[3]))) or ([], [len(asked)], [])
+
+    def found(engine, manager, config, rows, path):
+        assert engine.model.confidence is None  # an earlier one's, for which the model may not be asked
+        asked.append((manager.path, len(rows)))
+        return [], [len(asked)], []
+
     monkeypatch.setattr(rag_eval, "calibration_features", found)
     monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a: {"in_vain": a[1], "abstain": a[2]})
     monkeypatch.setattr(rag_eval, "fit_words", lambda *a: [1.0, 2.0, 3.0])
-    engine = SimpleNamespace(
-        model=SimpleNamespace(evidence=None), prompt=None, room=lambda n: n, complete_batch=lambda *a, **k: []
-    )
+    model = SimpleNamespace(evidence=None, confidence={"weights": [0.0]})
+    engine = SimpleNamespace(model=model, prompt=None, room=lambda n: n, complete_batch=lambda *a, **k: [])
     config = rag_eval.Config(
         knowledge_base=world.kb, calibrate=f"{world.queries}/val.jsonl,{world.home}/own/queries/val.jsonl"
     )
