@@ -325,7 +325,7 @@ def check_confidence(fitted: Any) -> dict | None:
     out["words"] = [float(v) for v in fitted["words"]]
     if len(out["words"]) != 3:
         raise ValueError("confidence needs three numbers for words")
-    return out | {name: float(fitted[name]) for name in ("usual", "bias", "beside")}
+    return out | {name: float(fitted[name]) for name in ("usual", "bias", "crowd", "beside")}
 
 
 def load_model(

@@ -289,7 +289,17 @@ def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
     if fitted is None or not len(features):
         return features[:, 0]
     scaled = (_beside_others(features, fitted["usual"]) - np.array(fitted["mean"])) / np.array(fitted["scale"])
-    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"]
+    crowded = fitted["crowd"] * (_crowd(features, fitted["usual"]) - fitted["usual"])
+    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"] - crowded
+
+
+def _crowd(features: np.ndarray, usual: float) -> float:
+    """The mean similarity of a question's documents but for the closest one; `usual` where there is no other.
+
+    In a crowd of look-alikes, a country's near misses say, a wrong document is more convincing than elsewhere.
+    """
+    known = np.sort(features[~np.isnan(features[:, 1]), 1])
+    return float(known[:-1].mean()) if len(known) > 1 else usual
 
 
 def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
@@ -310,12 +320,12 @@ def fit_confidence(
     """Weights for `confidence` from validation questions, each with its documents' features.
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others; a weight of the language model below `FAINT` is none. The bias is such that the share
-    `abstain` of the unanswerable questions isn't answered.
+    documents from all others; a weight of the language model below `FAINT` is none. The bias, and what is taken off for
+    a `_crowd`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile regression).
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
-    from sklearn.linear_model import LogisticRegression  # comes with sentence-transformers; slow to import
+    from sklearn.linear_model import LogisticRegression, QuantileRegressor  # comes with sentence-transformers; slow
 
     seen = [f for f, _ in answerable] + list(unanswerable)
     y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
@@ -330,11 +340,15 @@ def fit_confidence(
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
     weights = model.coef_[0]
     weights[0] *= abs(weights[0]) >= FAINT
-    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "bias": 0.0}
-    fitted["usual"] = usual
-    scores = [(confidence(f, fitted), mask) for f, mask in answerable]
-    bias = -float(np.quantile([confidence(f, fitted).max() for f in unanswerable], abstain))
-    others = [s[~mask].max() for s, mask in scores if not mask.all()]
+    fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "usual": usual}
+    fitted |= {"bias": 0.0, "crowd": 0.0}
+    best = lambda: np.array([confidence(f, fitted).max() for f in unanswerable])
+    crowds = np.array([[_crowd(f, usual) - usual] for f in unanswerable])
+    if crowds.std() > 0:
+        line = QuantileRegressor(quantile=min(max(abstain, 0.01), 0.99), alpha=0.0, solver="highs").fit(crowds, best())
+        fitted["crowd"] = float(line.coef_[0])
+    bias = -float(np.quantile(best(), abstain))
+    others = [confidence(f, fitted)[~mask].max() for f, mask in answerable if not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 
 

@@ -32,7 +32,7 @@ from nanochat.reader import (
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
     shape = {"mean": [0.0] * FEATURES, "scale": [1.0] * FEATURES, "weights": [0.0, 1.0] + [0.0] * (FEATURES - 2)}
-    return shape | {"usual": 0.0, "bias": bias, "beside": beside, "words": [0.0, 0.0, 1.0]}
+    return shape | {"usual": 0.0, "bias": bias, "crowd": 0.0, "beside": beside, "words": [0.0, 0.0, 1.0]}
 
 
 class Finder:
@@ -275,6 +275,31 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others(mon
     strict = fit_confidence(known, unknown, abstain=1.0)
     assert np.mean([confidence(f, strict).max() <= 1e-9 for f in unknown]) == 1
     assert fitted == json.loads(json.dumps(fitted))
+
+
+def test_in_a_crowd_of_look_alikes_a_document_has_to_be_more_convincing():
+    rng = np.random.default_rng(1)
+
+    def documents(crowd, gold):
+        """Wrong documents' evidence is the better, the more alike the documents are; a right one's is better still."""
+        rows = np.full((4, FEATURES), math.nan)
+        rows[:, 1], mask = crowd, np.arange(4) == gold
+        rows[:, 6] = 10 * crowd + rng.normal(size=4) / 2 + 3 * mask
+        return rows, mask
+
+    known = [documents(crowd, 0) for crowd in rng.uniform(0.2, 0.8, 200)]
+    unknown = [documents(crowd, -1)[0] for crowd in rng.uniform(0.2, 0.8, 200)]
+    fitted = fit_confidence(known, unknown, 0.86)
+    assert fitted["crowd"] > 0
+
+    def refused(fitted, low, high):
+        return np.mean([confidence(f, fitted).max() <= 0 for f in unknown if low <= f[0, 1] < high])
+
+    assert 0.75 < refused(fitted, 0.2, 0.4) < 0.95 and 0.75 < refused(fitted, 0.6, 0.8) < 0.95
+    flat = fitted | {"crowd": 0.0}
+    assert refused(flat, 0.2, 0.4) - refused(flat, 0.6, 0.8) > 0.05  # one bar is too high here and too low there
+    alone = documents(0.8, 0)[0][:1]
+    assert confidence(alone, fitted) == confidence(alone, fitted | {"crowd": 9.0})  # no crowd
 
 
 @pytest.mark.parametrize(
