@@ -314,7 +314,7 @@ def check_confidence(fitted: Any) -> dict | None:
     """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
     if fitted is None:
         return None
-    if isinstance(fitted, dict) and len(fitted.get("weights", ())) != 7:  # it weighed other features of other contexts
+    if isinstance(fitted, dict) and (len(fitted.get("weights", ())) != 7 or "crowd" not in fitted):  # it weighed others
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )
