@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_engine import TOK, conversation, make_engine
 
+from nanochat.checkpoint_manager import check_confidence
 from nanochat.common import UserError
 from nanochat.documents import Document
 from nanochat.evidence import Evidence
@@ -275,6 +276,14 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others(mon
     strict = fit_confidence(known, unknown, abstain=1.0)
     assert np.mean([confidence(f, strict).max() <= 1e-9 for f in unknown]) == 1
     assert fitted == json.loads(json.dumps(fitted))
+
+
+def test_what_an_earlier_version_learned_is_passed_over(capsys):
+    now = by_similarity()
+    assert check_confidence(now) == now and check_confidence(None) is None and not capsys.readouterr().out
+    without = {name: value for name, value in now.items() if name != "crowd"}
+    for old in (without, now | {name: [0.0] * 5 for name in ("mean", "scale", "weights")}):
+        assert check_confidence(old) is None and "calibrate again" in capsys.readouterr().out
 
 
 def test_in_a_crowd_of_look_alikes_a_document_has_to_be_more_convincing():

@@ -235,7 +235,8 @@ def test_an_evidence_reader_is_heard_unless_it_is_gone_or_another(world, capsys)
     run_folder.rename(run_folder.with_name("aside"))
     capsys.readouterr()
     try:
-        assert load_model("rag", "cpu")[0].evidence is None
+        model = load_model("rag", "cpu")[0]
+        assert model.evidence is None and model.confidence is None and meta["confidence"]  # learned with the reader
     finally:
         run_folder.with_name("aside").rename(run_folder)
     assert evidence_of(meta["evidence"] | {"sha256": "0"}) is None
