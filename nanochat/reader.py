@@ -79,8 +79,8 @@ def look(
         for (question, [doc]), evidence in zip(pairs, told):
             likeness = math.nan if doc.get("similarity") is None else doc["similarity"]
             near = shared_words(question, {**doc, "content": evidence.sentence}) if evidence else (math.nan, math.nan)
-            told = (*shared_words(question, doc), *near, evidence.odds if evidence else math.nan)
-            rows.append((next(odds, math.nan), likeness, *told))
+            sure = evidence.odds if evidence else math.nan
+            rows.append((next(odds, math.nan), likeness, *shared_words(question, doc), *near, sure))
         out.append((v, np.array(rows).reshape(-1, FEATURES)))
     return out
 

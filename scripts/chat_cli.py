@@ -130,10 +130,8 @@ class Chat:
     def sources(self) -> list[str]:
         """A line for each passage: number, score, title; * marks the cited ones. Then what was cited."""
         cited = extract_citations(self.answer)
-        lines, titles = (
-            [],
-            [" ".join(doc["title"].split()) for doc in self.documents],
-        )  # a line break would forge a line
+        lines = []
+        titles = [" ".join(doc["title"].split()) for doc in self.documents]  # a line break would forge a line
         for n, doc in enumerate(self.documents, 1):
             lost = "" if n in self.read else "  (left out: no room)"
             date = f" ({doc['date']})" if doc.get("date") else ""
