@@ -56,7 +56,7 @@ cpu)
     base="--depth 6 --n_embd 256 --num_iterations 600 --drill_until 0.75 --drill_share 0.2 --warmdown_ratio 0.2"
     mid="--num_iterations 350 --lr_scale 0.5 --warmdown_ratio 1.0"
     sft="--num_iterations 60"
-    evidence="--num_iterations 800 --eval_every 400 $(share 32)"
+    evidence="--num_iterations 1000 --eval_every 500 $(share 32)"
     rag="--num_iterations 250 --lr_scale 0.5"
     ;;
 node)
@@ -70,7 +70,7 @@ node)
     base="--data $text --depth 20 $batch --num_iterations 20000 --drill_until 0.05"
     mid="--data $text $batch --num_iterations 800"
     sft="--num_iterations 10" # at 131k tokens a step, the few chat pairs have been seen several times by then
-    evidence="--num_iterations 800 --device_batch_size 64"
+    evidence="--num_iterations 1000 --device_batch_size 64"
     rag="--num_iterations 1000"
     ;;
 esac

@@ -36,16 +36,16 @@ class Config(TrainConfig):
     retriever_type: str = "bm25"  # who finds the distractors of --queries: simple, bm25, dense or hybrid
     top_k: int = 5  # documents in a context, at most
     model_tag: str = "evidence"  # name of the run's folder; rag_eval looks for the language model's
-    num_iterations: int = 800  # optimizer steps
+    num_iterations: int = 1000  # optimizer steps
     device_batch_size: int = 32  # rows of sequence_len word pieces per micro-batch and process
     sequence_len: int = 128  # word pieces a row; what is longer or shorter makes fewer or more rows of it
-    matrix_lr: float = 1.5e-3  # learning rate of the layers' matrices (Muon)
+    matrix_lr: float = 1.3e-3  # learning rate of the layers' matrices (Muon)
     pointer_lr: float = 2e-4  # learning rate of the rest (AdamW)
     warmup_ratio: float = 0.05  # share of the run in which the learning rate rises linearly from 0
     warmdown_ratio: float = 0.9  # share of the run in which it falls linearly, at the end
     fiction_share: float = 0.36  # share of contexts from an invented world (tasks/fiction.py)
     handbook_share: float = 0.32  # share of contexts from handbooks (tasks/handbooks.py)
-    two_hop_share: float = 0.09  # share of all contexts that hold several documents, of which the question takes two
+    two_hop_share: float = 0.13  # share of all contexts that hold several documents, of which the question takes two
     several_share: float = 0.04  # share of all contexts that hold several documents
     whole_share: float = 0.08  # share of all contexts that hold a whole one (or two hops' two); the rest: an excerpt
     val_examples: int = 200  # questions a validation
@@ -79,7 +79,8 @@ def main(config: Config) -> dict[str, float]:
     usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
     easier = replace(usual, absent=0.25, paired=0.1)
     several = {"min_docs": min(2, config.top_k), "max_docs": config.top_k, "sentences": 3}
-    sizes = {"whole": {}, "several": several, "two_hop": several | {"follow_up": 0.0}, "excerpt": {"sentences": 5}}
+    two = several | {"follow_up": 0.0, "sentences": 4}
+    sizes = {"whole": {}, "several": several, "two_hop": two, "excerpt": {"sentences": 5}}
     sources = {
         "queries": (RAGTask, train_rows, documents, usual),
         "fiction": (RAGTask, world.queries, world.documents, usual),
@@ -94,9 +95,9 @@ def main(config: Config) -> dict[str, float]:
     for size, how in sizes.items():
         for name, (kind, rows, docs, mix) in sources.items():
             seed = config.seed + len(streams)
-            chosen = [r for r in rows if size != "two_hop" or r["type"] == "two_hop"]
-            if chosen:
-                task = kind(chosen, docs, replace(mix, **how), found[name], seed)
+            hops = size == "two_hop"
+            if chosen := [r for r in rows if not hops or r["type"] == "two_hop"]:
+                task = kind(chosen, docs, replace(mix, **how), found[name], seed, rows if hops else ())
                 streams[f"{name} {size}"] = PointerStream(task, seed)
                 weights[f"{name} {size}"] = shares[name] * shares[size]
     stream = MixStream(streams, weights, config.seed, d.world_size)
@@ -106,14 +107,14 @@ def main(config: Config) -> dict[str, float]:
     single = [r for r in val_rows if r["type"] == "single"] or val_rows
     invented, unread = make_world("val", 200), load_handbooks("val")
     one = RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1)
-    two = replace(one, absent=0.3, min_docs=config.top_k, max_docs=config.top_k, sentences=3)
+    both = replace(one, absent=0.3, min_docs=config.top_k, max_docs=config.top_k, sentences=4)
     asked = {
         "one": RAGTask(single, documents, one),
         "handbook": RAGTask([r for r in unread.queries if r["type"] == "single"], unread.documents, one),
         "fiction": RAGTask([r for r in invented.queries if r["type"] == "single"], invented.documents, one),
     }
     if hops := [r for r in val_rows if r["type"] == "two_hop"]:
-        asked["two_hop"] = RAGTask(hops, documents, two)
+        asked["two_hop"] = RAGTask(hops, documents, both, others=val_rows)
     evals = [
         Eval(name, config.eval_every, pointing_eval(task, config.val_examples, f"{name}_"))
         for name, task in asked.items()

@@ -44,7 +44,7 @@ class RAGMix:
     reword: float = 0.0  # questions in a wording that no question file has
     careless: float = 0.0  # questions as they are typed in a hurry
     bare: float = 0.0  # there is no document at all: the answer to whatever is asked is the abstention
-    sentences: int = 0  # documents are cut to one to so many sentences, the first answer's included (0: whole)
+    sentences: int = 0  # documents are cut to one to so many sentences, with what its question needs (0: whole)
 
 
 class RAGTask(Task):
@@ -52,6 +52,8 @@ class RAGTask(Task):
 
     `retrieved` (question id -> document ids, best first) gives the distractors a retriever would: two fifths of them
     then come from it, the others share the gold document's relation or entity or are random.
+
+    `others` are questions that are asked as follow-ups only, and tell what stands where: with two-hop `rows`, all.
 
     Where documents carry a "split", none is shown from another split than the gold documents of `rows` have:
     training never sees a passage about an entity that a validation or test question asks for.
@@ -64,6 +66,7 @@ class RAGTask(Task):
         mix: RAGMix | None = None,
         retrieved: dict[str, list[str]] | None = None,
         seed: int = 0,
+        others: Sequence[dict] = (),
     ):
         self.documents, self.mix, self.retrieved, self.seed = documents, mix or RAGMix(), retrieved or {}, seed
         self.rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
@@ -77,7 +80,7 @@ class RAGTask(Task):
         self.by_relation: dict[str, list[dict]] = {}
         self.by_country: dict[str, list[str]] = {}
         self.rows_of_country: dict[str, list[dict]] = {}
-        for row in self.rows:
+        for row in [*self.rows, *others]:
             if row["hops"] == 1 and row["positive_ids"]:
                 self.by_relation.setdefault(row.get("relation", ""), []).append(row)
                 self.rows_of_country.setdefault(row.get("country", ""), []).append(row)
@@ -109,12 +112,9 @@ class RAGTask(Task):
         if mix.sentences:
             n = rng.randint(1, mix.sentences)
             for doc in shown:
-                needed = doc["id"] in row["positive_ids"]
-                named = not needed and self._names(doc["id"], row)
-                if not needed or row["hops"] == 1:  # of two documents, who leads to whom may be anywhere
-                    kept = [row["answer"]] if needed else [row["country"]] if named else []
-                    short = shorten(doc["content"], kept, n, rng)
-                    doc["cut"], doc["content"] = short != doc["content"], short
+                kept = self._needed(doc["id"], row)
+                short = doc["content"] if kept is None else shorten(doc["content"], kept, n, rng)
+                doc["cut"], doc["content"] = short != doc["content"], short
             # questions to what was cut away are near misses now; most are left out
             lost = lambda q: {*q["positive_ids"]} & {*ids} and not self._answer(q, shown)[1]
             questions = [row] + [q for q in questions[1:] if not lost(q) or rng.random() < mix.absent]
@@ -128,8 +128,22 @@ class RAGTask(Task):
             return self._conversation(row, [], [(query, ABSTENTION, []) for query, *_ in turns])
         return self._conversation(row, [(turns[0][0], shown)], turns)
 
+    def _needed(self, id: str, row: dict) -> list[str] | None:
+        """What an excerpt of a document must tell where `row` is asked; None: it can't be said, all of it.
+
+        A gold document its answer, or of two documents its part of the way there. Another one the name of what is asked
+        about, if it mentions it ("Unlike Chad, Niger has ..."): a reader that goes by the name alone learns better.
+        """
+        if id not in row["positive_ids"]:
+            return [row["country"]] if self._names(id, row) else []
+        if row["hops"] == 1:
+            return [row["answer"]]
+        steps = {row.get("relation"), row.get("bridge_relation")} - {None}
+        told = [q for q in self.by_doc.get(id, []) if id in q["positive_ids"] and q.get("relation") in steps]
+        return [q["answer"] for q in told] or None
+
     def _names(self, id: str, row: dict) -> bool:
-        """Whether a document about something else names what the question is about: "Unlike Chad, Niger has …"."""
+        """Whether a document about something else names what the question is about."""
         doc, name = self.documents[id], row.get("country")
         return bool(name) and name in doc["content"] and name not in doc["title"]
 
@@ -219,7 +233,8 @@ class RAGTask(Task):
     def _answer(self, row: dict, shown: list[dict]) -> tuple[str, list[int]]:
         """The right answer to `row` over the documents shown, and the numbers it cites."""
         numbers = {doc["id"]: doc.get("number", n) for n, doc in enumerate(shown, 1)}
-        gone = {d["id"] for d in shown if d.get("cut") and not any(is_supported(a, [d]) for a in row["answers"])}
+        lacks = lambda d: d.get("cut") and not any(is_supported(a, [d]) for a in row["answers"])
+        gone = {d["id"] for d in shown if row["hops"] == 1 and lacks(d)}  # two documents keep what is needed of them
         here = [p for p in row["positive_ids"] if p in numbers and p not in gone]
         if not here or (row["hops"] > 1 and len(here) < len(row["positive_ids"])):
             return ABSTENTION, []

@@ -412,16 +412,23 @@ def test_tasks_are_made_by_name_and_a_manager_is_asked_for_the_distractors(tmp_p
 # Evaluations during training
 
 
-def test_what_a_two_hop_question_needs_is_never_cut(rows, documents):
+def test_of_two_documents_an_excerpt_tells_the_way_and_the_answer(rows, documents):
     two = [r for r in rows.values() if r["hops"] > 1][:60]
-    task = RAGTask(two, documents, RAGMix(absent=0, counterfactual=0, follow_up=0, min_docs=4, max_docs=4, sentences=1))
+    mix = RAGMix(absent=0, counterfactual=0, follow_up=0, min_docs=4, max_docs=4, sentences=1)
+    facts = {(p, r.get("relation")): r["answer"] for r in rows.values() if r["hops"] == 1 for p in r["positive_ids"]}
     cut = 0
-    for row, talk in zip(two, task):
+    for row, talk in zip(two, RAGTask(two, documents, mix, others=list(rows.values()))):
+        assert talk["messages"][2]["content"].startswith(row["answer"])
         for doc in talk["messages"][0]["documents"]:
-            whole = doc["content"] == documents[doc["id"]]["content"]
-            assert whole or doc["id"] not in row["positive_ids"]
-            cut += not whole
-    assert cut > 60
+            cut += doc["content"] != documents[doc["id"]]["content"]
+            steps = [row["relation"], row["bridge_relation"]] if doc["id"] in row["positive_ids"] else []
+            needed = [facts[doc["id"], step] for step in steps if (doc["id"], step) in facts]
+            assert all(answer in doc["content"] for answer in needed)
+            assert needed or not steps or doc["content"] == documents[doc["id"]]["content"]
+    assert cut > 150
+    for row, talk in zip(two, RAGTask(two, documents, mix)):  # without other questions, nobody knows what is needed
+        shown = {doc["id"]: doc["content"] for doc in talk["messages"][0]["documents"]}
+        assert all(shown[p] == documents[p]["content"] for p in row["positive_ids"])
 
 
 def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkeypatch):
