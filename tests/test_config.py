@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.common import UserError, atomic_dir, human, init_distributed, parse_pattern
+from nanochat.common import UserError, atomic_dir, human, init_distributed, parse_pattern, pick_dtype
 from nanochat.config import load_config_file, parse, run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory_estimate import memory
@@ -379,3 +379,13 @@ def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path,
     with pytest.raises(PermissionError), atomic_dir(tmp_path / "kb") as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["kb"] and (tmp_path / "kb" / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("amx, avx, fast", [(True, True, True), (False, True, True), (False, False, False)])
+def test_a_cpu_computes_in_bf16_where_it_can(amx, avx, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
+    assert pick_dtype("cpu") == (torch.bfloat16 if fast else torch.float32)
+    assert pick_dtype("cpu", "float32") == torch.float32
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # private, and may go
+    assert pick_dtype("cpu") == (torch.bfloat16 if amx else torch.float32)
