@@ -14,12 +14,13 @@ Where that is convincing enough to answer, either the model's own words are take
 points at (nanochat/evidence.py), whichever calibration found better to trust. Where other documents are convincing,
 too, they are heard: who agrees is cited, who disagrees is quoted, the newest first, then those without a `date`.
 
-A question that takes two documents at once can't be asked this way: `answer_together` reads all of them as one text.
+A question that takes two documents at once can't be asked this way: `answer_together` reads every two as one text.
 """
 
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -255,31 +256,35 @@ def answer_together(
     quote: bool = True,
     **more,
 ) -> list[str]:
-    """The answers, all documents of a conversation read as one text, for questions that take more than one of them.
+    """The answers, documents of a conversation read two by two, for questions that take more than one of them.
 
-    By the evidence reader, which abstains where its odds are against it, over the sentences that are closest in each;
-    its words' document is cited, and one that has names of the question which that one lacks. By the language model
+    By the evidence reader: it reads every two documents as one text, the sentences that are closest in each, and the
+    surest of what it finds is said, unless its odds are against that. Cited is the document of these words, and the
+    other of the two if it has names of the question which that one lacks. By the language model, all in one context,
     where there is no such reader or no document, or where it needn't `quote`. `more` is Engine.answer_batch's: an
     evidence reader isn't sampled from.
     """
-    read = [n for n, c in enumerate(conversations) if quote and engine.model.evidence and _documents(c)]
-    views = {
-        n: [_documents(view)[0] for view in one_document_each(check_conversation(conversations[n]), most=TOGETHER)]
-        for n in read
-    }
-    found = dict(zip(read, point(engine, [(asks(conversations[n]), views[n]) for n in read])))
-    left = [c for n, c in enumerate(conversations) if n not in views]
+    texts = []  # which conversation, and what of its documents is read as one
+    for n, c in enumerate(conversations):
+        if quote and engine.model.evidence and _documents(c):
+            docs = [_documents(view)[0] for view in one_document_each(check_conversation(c), most=TOGETHER)]
+            texts += [(n, two) for two in combinations(docs, 2)] or [(n, tuple(docs))]
+    found = point(engine, [(asks(conversations[n]), docs) for n, docs in texts])
+    best: dict[int, tuple] = {}
+    for (n, docs), evidence in zip(texts, found):
+        if n not in best or (evidence and (best[n][1] is None or evidence.odds > best[n][1].odds)):
+            best[n] = docs, evidence
+    left = [c for n, c in enumerate(conversations) if n not in best]
     own = iter(engine.answer_batch(left, batch_size, max_tokens, quote=quote, **more))
-    return [_cite(asks(c), views[n], found[n]) if n in views else next(own) for n, c in enumerate(conversations)]
+    return [_cite(asks(c), *best[n]) if n in best else next(own) for n, c in enumerate(conversations)]
 
 
 def _cite(question: str, docs: Sequence[dict], found: "Evidence | None") -> str:
     if found is None or found.odds <= 0:
         return ABSTENTION
     lacks = names_in(question) - _told(docs[found.document])
-    leads = max(range(len(docs)), key=lambda n: (len(lacks & _told(docs[n])), -n))
-    cited = {found.document, leads} if lacks & _told(docs[leads]) else {found.document}
-    return _pointed(found.text, *(docs[n]["number"] for n in cited))
+    cited = [doc for n, doc in enumerate(docs) if n == found.document or lacks & _told(doc)]
+    return _pointed(found.text, *(doc["number"] for doc in cited))
 
 
 def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:

@@ -9,7 +9,7 @@ Every row asks questions of `--queries` in another setting:
     oracle              the gold document alone
     oracle_distractors_p1 ... _pk   the gold document at position 1 ... k among what else the retriever finds
     retrieved           what the retriever finds in the whole knowledge base, whether the gold is there or not
-    retrieved_together  the same, all documents at once
+    retrieved_together  the same, documents read two by two
     retrieved_held_out_wording   the same for questions whose `wording` is "held_out": phrased as none in training
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     counterfactual      the gold document with names and answers exchanged: what the weights remember is of no use
@@ -17,6 +17,7 @@ Every row asks questions of `--queries` in another setting:
     contradictory_dated, contradictory_undated   two documents that disagree, among distractors: with a date, the newer
                         one's answer is right; without, both, each with its citation
     two_hop             two-hop questions with both gold documents among three distractors
+    two_hop_half        the same with one of the two: should abstain
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
     oracle_among        the gold document somewhere among distractors; only where --rows asks, like the following
@@ -26,9 +27,9 @@ With `--read each` (the default) every document is read alone and the answer com
 itself (nanochat/reader.py). How the model's odds, an evidence reader's and the retriever's opinion are weighed, whose
 words are said, and from where on it is better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with
 the checkpoint; it takes several files (commas between them), and one that has a knowledge base of its own,
-Q/../knowledge_base, is asked of that. With `--read together` the closest sentences of all are one text to the evidence
-reader, or all are one context to the language model where it was calibrated without; always so in `two_hop` and
-`retrieved_together`.
+Q/../knowledge_base, is asked of that. With `--read together` the closest sentences of every two are one text to the
+evidence reader, or all are one context to the language model where it was calibrated without; always so in `two_hop`,
+`two_hop_half` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in
@@ -125,7 +126,7 @@ class Config:
     abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
-    read: str = "each"  # each: documents are read one by one; together: all at once
+    read: str = "each"  # each: documents are read one by one; together: two by two
     quote: bool = True  # answers over documents are in their words; false: the model says what it likes
     max_examples: int = 500  # questions a row
     seed: int = 0  # which questions
@@ -227,6 +228,7 @@ def main(config: Config) -> dict:
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
         **{f"contradictory_{kind}": (kind, lambda r: among(r, r["sides"])) for kind in ("dated", "undated")},
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
+        "two_hop_half": ("two_hop", lambda r: among(r, random.Random(r["id"]).sample(gold(r), 1))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
         "oracle_among": ("single", lambda r: among(r, gold(r)[:1])),

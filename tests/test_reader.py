@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,7 +166,7 @@ def test_what_is_said_are_the_words_that_are_rather_to_be_trusted():
     assert speak(engine, heard[:1], said[:1], True) == "one. [4]"
 
 
-def test_together_documents_answer_by_the_evidence_and_who_leads_to_it_is_cited():
+def test_two_by_two_documents_answer_by_the_evidence_and_who_leads_to_it_is_cited():
     engine = make_engine(sequence_len=256)
     talks = [
         conversation(
@@ -180,11 +181,23 @@ def test_together_documents_answer_by_the_evidence_and_who_leads_to_it_is_cited(
     engine.model.evidence = finder = Finder("Rill")
     answers = ["Rill. [1][3]", "Rill. [2]", ABSTENTION, own[3]]
     assert answer_together(engine, talks, max_tokens=9) == answers
-    assert [len(docs) for _, docs in finder.asked] == [3, 2, 2]
+    assert [[doc["number"] for doc in docs] for _, docs in finder.asked] == [[1, 2], [1, 3], [2, 3], [1, 2], [1, 2]]
     assert engine.model.generate_from_conversation(talks[1], read="together", max_tokens=9) == answers[1]
     finder.odds = -0.5
     assert answer_together(engine, talks[:1], max_tokens=9) == [ABSTENTION]
     assert answer_together(engine, talks[:1], max_tokens=9, quote=False) == engine.answer_batch(talks[:1], max_tokens=9)
+
+
+def test_of_what_two_documents_say_the_surest_counts():
+    engine = make_engine(sequence_len=256)
+    engine.model.evidence = finder = Finder("Rill", "Dan")
+    talk = conversation("What is the river of Freedonia?", "the Dan", "Freedonia is old", "the Rill")
+    sure = {"Rill": 1.0, "Dan": 2.0}
+    find = finder.find
+    finder.find = lambda asked: [e and replace(e, odds=sure[e.text]) for e in find(asked)]
+    assert answer_together(engine, [talk], max_tokens=9) == ["Dan. [1][2]"]
+    sure["Rill"] = 3.0
+    assert answer_together(engine, [talk], max_tokens=9) == ["Rill. [3]"]
 
 
 def test_more_words_are_right_than_wrong_from_there_on():
