@@ -5,7 +5,7 @@
 
 Questions are those of `--queries` (default: the `queries/` folder beside the knowledge base), of handbooks about
 everything (tasks/handbooks.py) and of an invented world (tasks/fiction.py), with and without the document that answers,
-drawn as for RAG fine-tuning (tasks/rag_task.py): excerpts, whole documents, several at once, what takes two of them.
+drawn as for RAG fine-tuning (tasks/rag_task.py): excerpts, whole documents, two at once, what takes two of them.
 Starts from the packaged MiniLM and needs no language model. scripts.rag_eval --calibrate learns how much weight it
 gets beside the language model of the same tag (nanochat/evidence.py, nanochat/reader.py).
 """
@@ -34,7 +34,6 @@ class Config(TrainConfig):
     knowledge_base: str = ""  # folder of the knowledge base (python -m nanochat.retrieval prepare_kb makes one)
     queries: str = ""  # folder with train.jsonl and val.jsonl; empty: ../queries seen from the knowledge base
     retriever_type: str = "bm25"  # who finds the distractors of --queries: simple, bm25, dense or hybrid
-    top_k: int = 5  # documents in a context, at most
     model_tag: str = "evidence"  # name of the run's folder; rag_eval looks for the language model's
     num_iterations: int = 1000  # optimizer steps
     device_batch_size: int = 32  # rows of sequence_len word pieces per micro-batch and process
@@ -45,8 +44,8 @@ class Config(TrainConfig):
     warmdown_ratio: float = 0.9  # share of the run in which it falls linearly, at the end
     fiction_share: float = 0.36  # share of contexts from an invented world (tasks/fiction.py)
     handbook_share: float = 0.32  # share of contexts from handbooks (tasks/handbooks.py)
-    two_hop_share: float = 0.13  # share of all contexts that hold several documents, of which the question takes two
-    several_share: float = 0.04  # share of all contexts that hold several documents
+    two_hop_share: float = 0.16  # share of all contexts that hold two documents, of which the question takes both
+    pair_share: float = 0.04  # share of all contexts that hold two documents, of which one answers
     whole_share: float = 0.08  # share of all contexts that hold a whole one (or two hops' two); the rest: an excerpt
     val_examples: int = 200  # questions a validation
 
@@ -57,7 +56,7 @@ def main(config: Config) -> dict[str, float]:
             raise UserError(f"--{name} isn't for the evidence reader")
     if not config.model_tag:
         raise UserError("--model_tag is needed: the language model's, which looks for it there")
-    for name in ("top_k", "sequence_len", "device_batch_size", "val_examples"):
+    for name in ("sequence_len", "device_batch_size", "val_examples"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
 
@@ -75,20 +74,20 @@ def main(config: Config) -> dict[str, float]:
         retriever = BM25Retriever([Document.from_dict(doc) for doc in other.documents.values()])
         found[name] = retrieve_all(retriever, other.queries[: 100 * config.num_iterations])  # a short run draws few
 
-    # 2. What is practised: of three sources excerpts of one document, whole ones, several at once, and what takes two
+    # 2. What is practised: of three sources excerpts of one document, whole ones, two at once, and what takes two
     usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
     easier = replace(usual, absent=0.25, paired=0.1)
-    several = {"min_docs": min(2, config.top_k), "max_docs": config.top_k, "sentences": 3}
-    two = several | {"follow_up": 0.0, "sentences": 4}
-    sizes = {"whole": {}, "several": several, "two_hop": two, "excerpt": {"sentences": 5}}
+    pair = {"min_docs": 2, "max_docs": 2, "sentences": 4}  # as reader.answer_together has them read
+    two = pair | {"follow_up": 0.0, "absent": 0.5}
+    sizes = {"whole": {}, "pair": pair, "two_hop": two, "excerpt": {"sentences": 5}}
     sources = {
         "queries": (RAGTask, train_rows, documents, usual),
         "fiction": (RAGTask, world.queries, world.documents, usual),
         "handbook": (HandbookTask, books.queries, books.documents, easier),
     }
-    shares = {name: getattr(config, f"{name}_share") for name in ("fiction", "handbook", "whole", "several", "two_hop")}
+    shares = {name: getattr(config, f"{name}_share") for name in ("fiction", "handbook", "whole", "pair", "two_hop")}
     shares["queries"] = 1 - shares["fiction"] - shares["handbook"]
-    shares["excerpt"] = 1 - shares["whole"] - shares["several"] - shares["two_hop"]
+    shares["excerpt"] = 1 - shares["whole"] - shares["pair"] - shares["two_hop"]
     for parts in (sources, sizes):  # an error names what the flags do
         check_shares({name: shares[name] for name in parts})
     streams, weights = {}, {}
@@ -107,14 +106,13 @@ def main(config: Config) -> dict[str, float]:
     single = [r for r in val_rows if r["type"] == "single"] or val_rows
     invented, unread = make_world("val", 200), load_handbooks("val")
     one = RAGMix(absent=0.5, counterfactual=0, follow_up=0, max_docs=1)
-    both = replace(one, absent=0.3, min_docs=config.top_k, max_docs=config.top_k, sentences=4)
     asked = {
         "one": RAGTask(single, documents, one),
         "handbook": RAGTask([r for r in unread.queries if r["type"] == "single"], unread.documents, one),
         "fiction": RAGTask([r for r in invented.queries if r["type"] == "single"], invented.documents, one),
     }
     if hops := [r for r in val_rows if r["type"] == "two_hop"]:
-        asked["two_hop"] = RAGTask(hops, documents, both, others=val_rows)
+        asked["two_hop"] = RAGTask(hops, documents, replace(one, **two), others=val_rows)
     evals = [
         Eval(name, config.eval_every, pointing_eval(task, config.val_examples, f"{name}_"))
         for name, task in asked.items()

@@ -92,7 +92,7 @@ def world(tmp_path_factory):
             num_iterations=12, eval_every=0, val_examples=3,
         ))  # fmt: skip
         w.found["evidence_train"] = evidence_train.main(configure(
-            evidence_train, knowledge_base=w.kb, top_k=3, model_tag="d2", device_batch_size=4, num_iterations=3,
+            evidence_train, knowledge_base=w.kb, model_tag="d2", device_batch_size=4, num_iterations=3,
             eval_every=0, val_examples=4,
         ))  # fmt: skip
         (home / "sides.jsonl").write_text("".join(json.dumps(disagreement(n)) + "\n" for n in range(2)))
