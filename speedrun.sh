@@ -178,7 +178,7 @@ open(sys.argv[2], "w").write(f"{sys.argv[1]}: {sizes[0]} documents, {sizes[1]} h
     evaluate "RAG evaluation" rag_eval answers rag_eval --model_tag $tag --max_examples $n --retriever_type $retriever \
         --knowledge_base "$kb" --queries "$data/queries/test.jsonl" \
         --calibrate "$data/queries/val.jsonl,$books/queries/val.jsonl,$world/queries/val.jsonl"
-    rows="oracle,retrieved,retrieved_together,distractors_only,unanswerable,two_hop,two_hop_half"
+    rows="oracle,retrieved,distractors_only,unanswerable,two_hop,two_hop_half"
     evaluate "handbook evaluation" rag_eval_handbooks answers rag_eval --model_tag $tag --max_examples $n \
         --retriever_type $retriever --knowledge_base "$books/knowledge_base" --queries "$books/queries/test.jsonl" \
         --rows $rows

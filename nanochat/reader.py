@@ -34,7 +34,7 @@ from nanochat.tokenizer import check_conversation
 if TYPE_CHECKING:
     from nanochat.evidence import Evidence
 
-ALONE, TOGETHER = 2, 4  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
+ALONE, TOGETHER = 2, 3  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
 FEATURES = 7  # of a document: what `look` gives
 FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes

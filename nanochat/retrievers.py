@@ -35,7 +35,7 @@ INDEXES = ("auto", "flat", "hnsw", "ivf", "ivfpq")
 MAX_QUERY_CHARS = 8192
 REMEMBERED = 4096  # vectors of queries
 REMEMBERED_SENTENCES = 50_000  # and of sentences: 77 MB
-CLOSEST = 4  # sentences of a document that are named as closest; reader.py says how many are read
+CLOSEST = 3  # sentences of a document that are named as closest; reader.py says how many are read
 MAX_SENTENCES = 64  # of a document that are compared with a query
 POOL = 50  # how many of the best are reranked, or looked at for diversity
 
