@@ -245,7 +245,7 @@ def test_an_evidence_reader_is_heard_unless_it_is_gone_or_another(world, capsys)
 
 
 def test_evidence_training_goes_on_where_it_was(world):
-    options = {"knowledge_base": world.kb, "device_batch_size": 4, "num_iterations": 4, "eval_every": 0, "top_k": 3}
+    options = {"knowledge_base": world.kb, "device_batch_size": 4, "num_iterations": 4, "eval_every": 0}
     options |= {"val_examples": 4, "save_every": 2, "keep_last": 0, "model_tag": "again"}
     evidence_train.main(configure(evidence_train, **options))
     steps = world.base / "checkpoints" / "evidence" / "again"
