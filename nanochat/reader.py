@@ -344,7 +344,7 @@ def fit_confidence(
     scale = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
     weights = model.coef_[0]
-    weights[0] *= abs(weights[0]) >= FAINT
+    weights[0] *= weights[0] >= FAINT  # one that is negative is chance
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "usual": usual}
     fitted |= {"bias": 0.0, "crowd": 0.0}
     best = lambda: np.array([confidence(f, fitted).max() for f in unanswerable])
