@@ -281,8 +281,11 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others(mon
     unknown = [documents(4, -1)[0] for _ in range(60)]
     fitted = fit_confidence(known, unknown, 0.86)
     assert fitted["weights"][1] > 1 and fitted["weights"][0] == 0 == fitted["weights"][2]
-    monkeypatch.setattr("nanochat.reader.FAINT", 0)
+    against = [(np.hstack([-f[:, 1:2], f[:, 1:]]), mask) for f, mask in known]
+    assert fit_confidence(against, unknown, 0.86)["weights"][0] == 0  # who is surer elsewhere has no say
+    monkeypatch.setattr("nanochat.reader.FAINT", -math.inf)
     assert 0 < abs(fit_confidence(known, unknown, 0.86)["weights"][0]) < 0.05  # too faint to be worth a reading
+    assert fit_confidence(against, unknown, 0.86)["weights"][0] < -0.05
     best = lambda f: confidence(f, fitted)
     assert np.mean([best(f).argmax() == mask.argmax() and best(f).max() > 0 for f, mask in known]) > 0.95
     assert np.mean([best(f).max() <= 0 for f in unknown]) == pytest.approx(0.86, abs=0.02)
