@@ -259,10 +259,10 @@ def answer_together(
     """The answers, documents of a conversation read two by two, for questions that take more than one of them.
 
     By the evidence reader: it reads every two documents as one text, the sentences that are closest in each, and the
-    surest of what it finds is said, unless its odds are against that. Cited is the document of these words, and the
-    other of the two if it has names of the question which that one lacks. By the language model, all in one context,
-    where there is no such reader or no document, or where it needn't `quote`. `more` is Engine.answer_batch's: an
-    evidence reader isn't sampled from.
+    surest of what it finds is said, unless its odds are against that. (Five documents are ten such texts, twenty are
+    190: this isn't for many.) Cited is the document of these words, and the other of the two if it has names of the
+    question which that one lacks. By the language model, all in one context, where there is no such reader or no
+    document, or where it needn't `quote`. `more` is Engine.answer_batch's: an evidence reader isn't sampled from.
     """
     texts = []  # which conversation, and what of its documents is read as one
     for n, c in enumerate(conversations):

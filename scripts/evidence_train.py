@@ -45,7 +45,7 @@ class Config(TrainConfig):
     fiction_share: float = 0.36  # share of contexts from an invented world (tasks/fiction.py)
     handbook_share: float = 0.32  # share of contexts from handbooks (tasks/handbooks.py)
     two_hop_share: float = 0.16  # share of all contexts that hold two documents, of which the question takes both
-    pair_share: float = 0.04  # share of all contexts that hold two documents, of which one answers
+    pair_share: float = 0.04  # share of all contexts that hold two documents, whatever is asked
     whole_share: float = 0.08  # share of all contexts that hold a whole one (or two hops' two); the rest: an excerpt
     val_examples: int = 200  # questions a validation
 
@@ -77,7 +77,7 @@ def main(config: Config) -> dict[str, float]:
     # 2. What is practised: of three sources excerpts of one document, whole ones, two at once, and what takes two
     usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
     easier = replace(usual, absent=0.25, paired=0.1)
-    pair = {"min_docs": 2, "max_docs": 2, "sentences": 4}  # as reader.answer_together has them read
+    pair = {"min_docs": 2, "max_docs": 2, "sentences": 4}  # reader.answer_together has two read at a time
     two = pair | {"follow_up": 0.0, "absent": 0.5}
     sizes = {"whole": {}, "pair": pair, "two_hop": two, "excerpt": {"sentences": 5}}
     sources = {

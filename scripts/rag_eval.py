@@ -17,7 +17,7 @@ Every row asks questions of `--queries` in another setting:
     contradictory_dated, contradictory_undated   two documents that disagree, among distractors: with a date, the newer
                         one's answer is right; without, both, each with its citation
     two_hop             two-hop questions with both gold documents among three distractors
-    two_hop_half        the same with one of the two: should abstain
+    two_hop_half        the same with one of the two: should abstain (unless a distractor tells what the other did)
     always_abstain, first_entity   trivial baselines on the documents of `retrieved`: never answer; answer with the
                         first capitalised words of document 1
     oracle_among        the gold document somewhere among distractors; only where --rows asks, like the following
@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     from nanochat.evidence import EvidenceReader
 
 SIDE = {"answer", "answers", "date", "title", "passage", "passage_undated"}  # fields of a side of a contradiction
-TOGETHER = ("two_hop", "retrieved_together")  # rows that are about several in one context
+TOGETHER = ("two_hop", "two_hop_half", "retrieved_together")  # rows that are about more than one document
 TIMED = 5  # questions a row whose first token's time is taken
 
 
@@ -228,7 +228,7 @@ def main(config: Config) -> dict:
         "unanswerable": ("unanswerable", lambda r: found[r["id"]][: config.top_k]),
         **{f"contradictory_{kind}": (kind, lambda r: among(r, r["sides"])) for kind in ("dated", "undated")},
         "two_hop": ("two_hop", lambda r: among(r, gold(r))),
-        "two_hop_half": ("two_hop", lambda r: among(r, random.Random(r["id"]).sample(gold(r), 1))),
+        "two_hop_half": ("two_hop", lambda r: among(r, random.Random(f"{r['id']}/half").sample(gold(r), 1))),
         "always_abstain": ("single", lambda r: found[r["id"]][: config.top_k]),
         "first_entity": ("single", lambda r: found[r["id"]][: config.top_k]),
         "oracle_among": ("single", lambda r: among(r, gold(r)[:1])),

@@ -56,7 +56,7 @@ class Config(TrainConfig):
     drill_share: float = 0.02  # share of drills
     fiction_share: float = 0.05  # share of contexts with one document from an invented world (tasks/fiction.py)
     handbook_share: float = 0.4  # share of contexts with an excerpt of a handbook's document (tasks/handbooks.py)
-    one_share: float = 0.35  # share of contexts with an excerpt of one document (two whole ones for two hops)
+    one_share: float = 0.35  # share of contexts with an excerpt of one document (of two for two hops)
     short_share: float = 0.05  # share of contexts with several, cut to three sentences; the rest: one or several, whole
     eval_every: int = 100  # steps between validations (0: only at the end)
     val_examples: int = 100  # questions a validation

@@ -149,6 +149,8 @@ class MixStream:
         return {"counts": self.counts, "weights": self.weights, "streams": inner}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["weights"].keys() != self.streams.keys():
+            raise UserError("the checkpoint was trained on another mix of data, by another version perhaps; begin anew")
         self.counts, self.weights = dict(state["counts"]), dict(state["weights"])
         for name, inner in state["streams"].items():
             self.streams[name].load_state_dict(inner)

@@ -80,7 +80,7 @@ class RAGTask(Task):
         self.by_relation: dict[str, list[dict]] = {}
         self.by_country: dict[str, list[str]] = {}
         self.rows_of_country: dict[str, list[dict]] = {}
-        for row in [*self.rows, *others]:
+        for row in [*self.rows, *(r for r in others if self.allowed.issuperset(r["positive_ids"]))]:
             if row["hops"] == 1 and row["positive_ids"]:
                 self.by_relation.setdefault(row.get("relation", ""), []).append(row)
                 self.rows_of_country.setdefault(row.get("country", ""), []).append(row)
@@ -138,7 +138,9 @@ class RAGTask(Task):
             return [row["country"]] if self._names(id, row) else []
         if row["hops"] == 1:
             return [row["answer"]]
-        steps = {row.get("relation"), row.get("bridge_relation")} - {None}
+        if "bridge_relation" not in row:  # of handbooks, nobody knows which sentence leads to the other document
+            return None
+        steps = row.get("relation"), row["bridge_relation"]
         told = [q for q in self.by_doc.get(id, []) if id in q["positive_ids"] and q.get("relation") in steps]
         return [q["answer"] for q in told] or None
 

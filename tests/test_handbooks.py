@@ -182,3 +182,16 @@ def test_a_split_can_be_written_out(tmp_path):
     assert list(read_jsonl(tmp_path / "queries" / "val.jsonl")) == load_handbooks("val").queries
     with pytest.raises(UserError, match="--output"):
         main(Config())
+
+
+def test_two_documents_of_a_handbook_stay_whole(books):
+    books = books["train"]
+    two = [r for r in books.queries if r["hops"] > 1]
+    mix = RAGMix(absent=0, counterfactual=0, follow_up=0, min_docs=3, max_docs=3, sentences=1)
+    cut = 0
+    for row, talk in zip(two, HandbookTask(two, books.documents, mix, others=books.queries), strict=True):
+        for doc in talk["messages"][0]["documents"]:  # which sentence leads to the other one isn't known
+            whole = doc["content"] == books.documents[doc["id"]]["content"]
+            assert whole or doc["id"] not in row["positive_ids"]
+            cut += not whole
+    assert cut > len(two) / 2

@@ -431,6 +431,16 @@ def test_of_two_documents_an_excerpt_tells_the_way_and_the_answer(rows, document
         assert all(shown[p] == documents[p]["content"] for p in row["positive_ids"])
 
 
+def test_other_questions_bring_no_document_from_elsewhere(rows, documents):
+    two = [r for r in rows.values() if r["hops"] > 1][:20]
+    single = [r for r in rows.values() if r["hops"] == 1]
+    elsewhere = {**documents, "far": {**documents[two[0]["positive_ids"][0]], "id": "far", "split": "elsewhere"}}
+    strange = [{**r, "id": f"{r['id']}-{p}", "positive_ids": [p]} for r in single for p in ("nowhere", "far")]
+    task = RAGTask(two, elsewhere, RAGMix(min_docs=4, max_docs=4), others=[*single, *strange])
+    shown = {doc["id"] for talk in task for m in talk["messages"] if m["role"] == "retrieval" for doc in m["documents"]}
+    assert shown <= documents.keys()
+
+
 def test_reading_is_measured_on_the_first_question(tiny, rows, documents, monkeypatch):
     single = [r for r in rows.values() if r["type"] == "single"][:100]
     asked = []

@@ -208,6 +208,8 @@ def test_the_evaluations_have_the_rows_they_promise(world):
     assert rows["always_abstain"]["over_abstention"] == 1 and rows["always_abstain"]["f1"] == 0
     assert rows["oracle"]["recall@k"] == 1 and rows["distractors_only"].get("recall@k", 0) == 0
     assert "recall@k" not in rows["closed_book"]
+    if "two_hop_half" in rows:
+        assert rows["two_hop_half"]["recall@k"] == 0.5 and "abstention" in rows["two_hop_half"]
     for row in rows.values():
         assert all(row[f"{m}_lo"] <= row[m] <= row[f"{m}_hi"] for m in ("f1", "em", "hallucination") if m in row)
     answers = [json.loads(x) for x in (world.home / "rag_eval.answers.jsonl").open()]
