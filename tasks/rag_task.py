@@ -132,7 +132,7 @@ class RAGTask(Task):
         """What an excerpt of a document must tell where `row` is asked; None: it can't be said, all of it.
 
         A gold document its answer, or of two documents its part of the way there. Another one the name of what is asked
-        about, if it mentions it ("Unlike Chad, Niger has ..."): a reader that goes by the name alone learns better.
+        about, if it mentions it ("Unlike Chad, Niger has ..."): so a reader learns not to go by the name alone.
         """
         if id not in row["positive_ids"]:
             return [row["country"]] if self._names(id, row) else []

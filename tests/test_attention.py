@@ -142,6 +142,7 @@ def test_the_losses_kernel_is_cross_entropy(dtype, tol):
     assert difference(logits[0, 3], -others.sum()) < tol  # about e^-40, where softmax - 1 cancels even in fp64
 
 
+# A_log's gradient nearly cancels: 8e-6 apart with one CPU's matmuls, 1.3e-5 with another's
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 3e-5), (torch.bfloat16, 0.03)])
 def test_a_model_has_the_same_gradients_with_and_without_the_kernels(dtype, tol, without_kernels):
     ids = torch.randint(0, 97, (2, 71), generator=torch.Generator().manual_seed(0))
