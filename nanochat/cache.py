@@ -12,9 +12,12 @@ read-only folder) there is one warning and the work goes on without. Deleting th
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+TIMEOUT = 30  # seconds to wait for another process's lock
 
 
 class Cache:
@@ -59,11 +62,23 @@ class Cache:
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
-        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db = sqlite3.connect(self.path, timeout=TIMEOUT, check_same_thread=False)
+        self._switch_to_wal()
         self.db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut perhaps the last commits
         self.db.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value BLOB NOT NULL)")
         return self.db
+
+    def _switch_to_wal(self) -> None:
+        """Another process that is creating the file holds a lock which this statement, against `timeout`, fails at."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self.db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e) or time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
 
     def _try(self, action):
         """`action` on the open file; once again on a new file if this one is damaged; None if it can't be done."""

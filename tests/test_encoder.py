@@ -5,6 +5,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_processes_share_a_cache(tmp_path):
     assert [w.wait(timeout=60) for w in writers] == [0, 0]
     keys = [f"{name}-{n}-{k}" for name in "ab" for n in range(60) for k in range(5)]
     assert len(Cache(tmp_path / "c").get_many(keys)) == 600
+
+
+def test_a_file_that_another_is_just_creating_is_waited_for(tmp_path, capsys):
+    other = sqlite3.connect(tmp_path / "c", check_same_thread=False, isolation_level=None)
+    other.execute("CREATE TABLE begun (a)")
+    other.execute("BEGIN IMMEDIATE")  # the lock that whoever switches to WAL takes
+    release = threading.Timer(0.3, lambda: (other.execute("COMMIT"), other.close()))
+    release.start()
+    cache = Cache(tmp_path / "c")
+    cache.put_many({"a": b"b"})
+    release.join()
+    assert cache.get_many(["a"]) == {"a": b"b"} and not capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
