@@ -75,8 +75,8 @@ def main(config: Config) -> dict[str, float]:
         found[name] = retrieve_all(retriever, other.queries[: 100 * config.num_iterations])  # a short run draws few
 
     # 2. What is practised: of three sources excerpts of one document, whole ones, two at once, and what takes two
-    usual = RAGMix(0.35, 0.5, 0.25, follow_up=0.9, max_questions=6, max_docs=1, reword=0.4, careless=0.1)
-    easier = replace(usual, absent=0.25, paired=0.1)
+    usual = RAGMix(0.35, 0.0, 0.25, follow_up=0.9, max_questions=6, max_docs=1, alike=0.1, reword=0.4, careless=0.1)
+    easier = replace(usual, absent=0.25)
     pair = {"min_docs": 2, "max_docs": 2, "sentences": 4}  # reader.answer_together has two read at a time
     two = pair | {"follow_up": 0.0, "absent": 0.5}
     sizes = {"whole": {}, "pair": pair, "two_hop": two, "excerpt": {"sentences": 5}}
