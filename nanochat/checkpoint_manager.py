@@ -314,7 +314,7 @@ def check_confidence(fitted: Any) -> dict | None:
     """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
     if fitted is None:
         return None
-    if isinstance(fitted, dict) and (len(fitted.get("weights", ())) != 7 or "crowd" not in fitted):  # it weighed others
+    if isinstance(fitted, dict) and (len(fitted.get("weights", ())) != 7 or "rivals" not in fitted):
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )
@@ -325,7 +325,7 @@ def check_confidence(fitted: Any) -> dict | None:
     out["words"] = [float(v) for v in fitted["words"]]
     if len(out["words"]) != 3:
         raise ValueError("confidence needs three numbers for words")
-    return out | {name: float(fitted[name]) for name in ("usual", "bias", "crowd", "beside")}
+    return out | {name: float(fitted[name]) for name in ("usual", "bias", "rivals", "beside")}
 
 
 def load_model(

@@ -294,17 +294,15 @@ def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
     if fitted is None or not len(features):
         return features[:, 0]
     scaled = (_beside_others(features, fitted["usual"]) - np.array(fitted["mean"])) / np.array(fitted["scale"])
-    crowded = fitted["crowd"] * (_crowd(features, fitted["usual"]) - fitted["usual"])
-    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"] - crowded
+    return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"] - fitted["rivals"] * _rivals(features)
 
 
-def _crowd(features: np.ndarray, usual: float) -> float:
-    """The mean similarity of a question's documents but for the closest one; `usual` where there is no other.
+def _rivals(features: np.ndarray) -> float:
+    """Of how many documents of a question all its names are known, as a logarithm; 0 if of one or none.
 
-    In a crowd of look-alikes, a country's near misses say, a wrong document is more convincing than elsewhere.
+    Among many about the very thing asked, the most convincing wrong one is more so: it is the best of more tries.
     """
-    known = np.sort(features[~np.isnan(features[:, 1]), 1])
-    return float(known[:-1].mean()) if len(known) > 1 else usual
+    return math.log(max(1, (features[:, 2] >= 1).sum()))
 
 
 def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
@@ -326,7 +324,7 @@ def fit_confidence(
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
     documents from all others; a weight of the language model below `FAINT` is none. The bias, and what is taken off for
-    a `_crowd`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile regression).
+    `_rivals`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile regression).
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
@@ -346,12 +344,12 @@ def fit_confidence(
     weights = model.coef_[0]
     weights[0] *= weights[0] >= FAINT  # one that is negative is chance
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "usual": usual}
-    fitted |= {"bias": 0.0, "crowd": 0.0}
+    fitted |= {"bias": 0.0, "rivals": 0.0}
     best = lambda: np.array([confidence(f, fitted).max() for f in unanswerable])
-    crowds = np.array([[_crowd(f, usual) - usual] for f in unanswerable])
-    if crowds.std() > 0:
-        line = QuantileRegressor(quantile=min(max(abstain, 0.01), 0.99), alpha=0.0, solver="highs").fit(crowds, best())
-        fitted["crowd"] = float(line.coef_[0])
+    rivals = np.array([[_rivals(f)] for f in unanswerable])
+    if rivals.std() > 0:
+        line = QuantileRegressor(quantile=min(max(abstain, 0.01), 0.99), alpha=0.0, solver="highs").fit(rivals, best())
+        fitted["rivals"] = max(0.0, float(line.coef_[0]))
     bias = -float(np.quantile(best(), abstain))
     others = [confidence(f, fitted)[~mask].max() for f, mask in answerable if not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}

@@ -34,7 +34,7 @@ from nanochat.reader import (
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
     shape = {"mean": [0.0] * FEATURES, "scale": [1.0] * FEATURES, "weights": [0.0, 1.0] + [0.0] * (FEATURES - 2)}
-    return shape | {"usual": 0.0, "bias": bias, "crowd": 0.0, "beside": beside, "words": [0.0, 0.0, 1.0]}
+    return shape | {"usual": 0.0, "bias": bias, "rivals": 0.0, "beside": beside, "words": [0.0, 0.0, 1.0]}
 
 
 class Finder:
@@ -297,34 +297,33 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others(mon
 def test_what_an_earlier_version_learned_is_passed_over(capsys):
     now = by_similarity()
     assert check_confidence(now) == now and check_confidence(None) is None and not capsys.readouterr().out
-    without = {name: value for name, value in now.items() if name != "crowd"}
+    without = {name: value for name, value in now.items() if name != "rivals"}
     for old in (without, now | {name: [0.0] * 5 for name in ("mean", "scale", "weights")}):
         assert check_confidence(old) is None and "calibrate again" in capsys.readouterr().out
 
 
-def test_in_a_crowd_of_look_alikes_a_document_has_to_be_more_convincing():
+def test_among_many_documents_about_the_thing_asked_one_has_to_be_more_convincing():
     rng = np.random.default_rng(1)
 
-    def documents(crowd, gold):
-        """Wrong documents' evidence is the better, the more alike the documents are; a right one's is better still."""
-        rows = np.full((4, FEATURES), math.nan)
-        rows[:, 1], mask = crowd, np.arange(4) == gold
-        rows[:, 6] = 10 * crowd + rng.normal(size=4) / 2 + 3 * mask
+    def documents(named, gold):
+        """Of those that have the question's names, a wrong one's evidence is as good as it chances to be."""
+        rows, mask = np.full((5, FEATURES), math.nan), np.arange(5) == gold
+        rows[:, 2], rows[:, 6] = np.arange(5) < named, rng.normal(size=5) + 5 * mask - 9 * (np.arange(5) >= named)
         return rows, mask
 
-    known = [documents(crowd, 0) for crowd in rng.uniform(0.2, 0.8, 200)]
-    unknown = [documents(crowd, -1)[0] for crowd in rng.uniform(0.2, 0.8, 200)]
+    known = [documents(named, 0) for named in rng.integers(1, 6, 300)]
+    unknown = [documents(named, -1)[0] for named in rng.integers(1, 6, 2000)]
     fitted = fit_confidence(known, unknown, 0.86)
-    assert fitted["crowd"] > 0
+    assert fitted["rivals"] > 0
 
-    def refused(fitted, low, high):
-        return np.mean([confidence(f, fitted).max() <= 0 for f in unknown if low <= f[0, 1] < high])
+    def refused(fitted, named):
+        return np.mean([confidence(f, fitted).max() <= 0 for f in unknown if f[:, 2].sum() == named])
 
-    assert 0.75 < refused(fitted, 0.2, 0.4) < 0.95 and 0.75 < refused(fitted, 0.6, 0.8) < 0.95
-    flat = fitted | {"crowd": 0.0}
-    assert refused(flat, 0.2, 0.4) - refused(flat, 0.6, 0.8) > 0.05  # one bar is too high here and too low there
-    alone = documents(0.8, 0)[0][:1]
-    assert confidence(alone, fitted) == confidence(alone, fitted | {"crowd": 9.0})  # no crowd
+    assert all(0.8 < refused(fitted, named) < 0.92 for named in (1, 2, 5))
+    flat = fitted | {"rivals": 0.0, "bias": fitted["bias"] - fitted["rivals"] * math.log(3)}
+    assert refused(flat, 1) - refused(flat, 5) > 0.1  # one bar is too high here and too low there
+    alone = documents(1, 0)[0][:1]
+    assert confidence(alone, fitted) == confidence(alone, fitted | {"rivals": 9.0})
 
 
 @pytest.mark.parametrize(
