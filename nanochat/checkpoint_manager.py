@@ -311,20 +311,26 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
 
 
 def check_confidence(fitted: Any) -> dict | None:
-    """meta.json's "confidence" (`reader.fit_confidence`), None if there is none. Raises TypeError or ValueError."""
+    """meta.json's "confidence" (scripts.rag_eval's `calibrate`), or None. Raises TypeError or ValueError."""
     if fitted is None:
         return None
-    if isinstance(fitted, dict) and (len(fitted.get("weights", ())) != 7 or "rivals" not in fitted):
+    if isinstance(fitted, dict) and (len(fitted.get("weights", ())) != 8 or "together" not in fitted):
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )
         return None
-    out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {7} or 0 in out["scale"]:
-        raise ValueError("confidence needs seven numbers of each kind")
-    out["words"] = [float(v) for v in fitted["words"]]
-    if len(out["words"]) != 3:
+    words = [float(v) for v in fitted["words"]]
+    if len(words) != 3:
         raise ValueError("confidence needs three numbers for words")
+    together = None if fitted["together"] is None else _check_weights(fitted["together"])
+    return _check_weights(fitted) | {"words": words, "together": together}
+
+
+def _check_weights(fitted: dict) -> dict:
+    """What `reader.fit_confidence` gives."""
+    out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
+    if {len(v) for v in out.values()} != {8} or 0 in out["scale"]:
+        raise ValueError("confidence needs eight numbers of each kind")
     return out | {name: float(fitted[name]) for name in ("usual", "bias", "rivals", "beside")}
 
 

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 ALONE, TOGETHER = 2, 3  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
-FEATURES = 7  # of a document: what `look` gives
+FEATURES = 8  # of a document or of two read as one text: what `look` and `look_together` give
+ODDS = 6  # which of them are the evidence reader's
 FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
@@ -59,8 +60,9 @@ def look(
     document alone (abstains in all words: other answers begin with an "I", too; nan where calibration gave them no
     weight); the document's similarity to the query (nan where the retriever gave none); the shares of the question's
     names and of its words that the document has (`shared_words`), and that its title and the sentence with the evidence
-    have; the evidence reader's odds (nan without one). Its place among the others doesn't count. `known` remembers from
-    call to call what models said. A view has as its "evidence" what was found in its document.
+    have; the evidence reader's odds; and the share of its title's names that the question has (these four are nan
+    without an evidence reader). Its place among the others doesn't count. `known` remembers from call to call what
+    models said. A view has as its "evidence" what was found in its document.
     """
     known = {} if known is None else known
     fitted = engine.model.confidence
@@ -77,13 +79,46 @@ def look(
     odds, out = iter(np.log(-np.expm1(abstains)) - abstains), []
     for v, pairs, told in zip(views, asked, found):
         rows = []
-        for (question, [doc]), evidence in zip(pairs, told):
-            likeness = math.nan if doc.get("similarity") is None else doc["similarity"]
-            near = shared_words(question, {**doc, "content": evidence.sentence}) if evidence else (math.nan, math.nan)
-            sure = evidence.odds if evidence else math.nan
-            rows.append((next(odds, math.nan), likeness, *shared_words(question, doc), *near, sure))
+        for (question, docs), evidence in zip(pairs, told):
+            likeness = math.nan if docs[0].get("similarity") is None else docs[0]["similarity"]
+            rows.append((next(odds, math.nan), likeness, *_speaks(question, docs, evidence)))
         out.append((v, np.array(rows).reshape(-1, FEATURES)))
     return out
+
+
+def look_together(
+    engine: Engine, conversations: Sequence[dict]
+) -> "list[tuple[list[Sequence[dict]], list[Evidence | None], np.ndarray]]":
+    """Every two documents of each conversation (a lone one alone), what the evidence reader finds in them read as one
+    text, the sentences that are closest in each, and what speaks for it.
+
+    The latter are `look`'s features (texts, FEATURES) but for the first two; the shares are of what either document
+    has, and the last is how much of the names in the answering document's title the question or the other one has: who
+    is asked about leads to who answers.
+    """
+    asked = []
+    for c in conversations:
+        docs = [_documents(view)[0] for view in one_document_each(check_conversation(c), most=TOGETHER)]
+        asked.append([(asks(c), two) for two in combinations(docs, 2)] or [(asks(c), tuple(docs))])
+    told = iter(point(engine, [one for each in asked for one in each]))
+    out = []
+    for each in asked:
+        found = [next(told) for _ in each]
+        rows = [(math.nan, math.nan, *_speaks(question, docs, e)) for (question, docs), e in zip(each, found)]
+        out.append(([docs for _, docs in each], found, np.array(rows)))
+    return out
+
+
+def _speaks(question: str, docs: Sequence[dict], evidence: "Evidence | None") -> tuple[float, ...]:
+    """`look`'s features of documents read as one text, but for the first two."""
+    held = shared_words(question, *docs)
+    if evidence is None:
+        return (*held, math.nan, math.nan, math.nan, math.nan)
+    doc = docs[evidence.document]
+    near = shared_words(question, {**doc, "content": evidence.sentence})
+    others = [_told(other) for n, other in enumerate(docs) if n != evidence.document]
+    linked = _share(names_in(doc.get("title", ""), 0), set(tokenize(_plain(question))).union(*others))
+    return (*held, *near, evidence.odds, linked)
 
 
 def asks(conversation: dict) -> str:
@@ -104,21 +139,24 @@ def point(
     return [known[key] for key in keys]
 
 
-def shared_words(question: str, doc: dict) -> tuple[float, float]:
-    """Which share of a question's names and numbers, and of all its words that say something, a document has in its
-    title or text; nan where the question has none.
+def shared_words(question: str, *docs: dict) -> tuple[float, float]:
+    """Which share of a question's names and numbers, and of all its words that say something, documents have in their
+    titles or texts; nan where the question has none.
 
     A passage about another country may be as similar to a question as the right one, but hasn't the country's name.
     """
-    told = _told(doc)
-    share = lambda wanted: len(wanted & told) / len(wanted) if wanted else math.nan
-    return share(names_in(question)), share(set(tokenize(_plain(question))) - COMMON)
+    told = set().union(*map(_told, docs))
+    return _share(names_in(question), told), _share(set(tokenize(_plain(question))) - COMMON, told)
 
 
-def names_in(question: str) -> set[str]:
-    """The words of names and the numbers in a question."""
-    words = re.findall(r"\w+(?:[.,]\d+)*", _plain(question))  # as they are written; the first has a capital anyway
-    names = [w for n, w in enumerate(words) if w[0].isdigit() or (n and w[0].isupper() and not question.isupper())]
+def _share(wanted: set[str], told: set[str]) -> float:
+    return len(wanted & told) / len(wanted) if wanted else math.nan
+
+
+def names_in(text: str, begin: int = 1) -> set[str]:
+    """The words of names and the numbers in a question, whose first word has a capital anyway; of a title from 0 on."""
+    words = re.findall(r"\w+(?:[.,]\d+)*", _plain(text))  # as they are written
+    names = [w for n, w in enumerate(words) if w[0].isdigit() or (n >= begin and w[0].isupper() and not text.isupper())]
     return set(tokenize(" ".join(names))) - COMMON
 
 
@@ -258,30 +296,30 @@ def answer_together(
 ) -> list[str]:
     """The answers, documents of a conversation read two by two, for questions that take more than one of them.
 
-    By the evidence reader: it reads every two documents as one text, the sentences that are closest in each, and the
-    surest of what it finds is said, unless its odds are against that. (Five documents are ten such texts, twenty are
-    190: this isn't for many.) Cited is the document of these words, and the other of the two if it has names of the
-    question which that one lacks. By the language model, all in one context, where there is no such reader or no
-    document, or where it needn't `quote`. `more` is Engine.answer_batch's: an evidence reader isn't sampled from.
+    By the evidence reader: it reads every two documents as one text (`look_together`), and what it finds in the most
+    convincing two is said. (Five documents are ten such texts, twenty are 190: this isn't for many.) Cited is the
+    document of these words, and the other of the two if it has names of the question which that one lacks. By the
+    language model, all in one context, where there is no such reader or no document, or where it needn't `quote`.
+    `more` is Engine.answer_batch's: an evidence reader isn't sampled from.
     """
-    texts = []  # which conversation, and what of its documents is read as one
-    for n, c in enumerate(conversations):
-        if quote and engine.model.evidence and _documents(c):
-            docs = [_documents(view)[0] for view in one_document_each(check_conversation(c), most=TOGETHER)]
-            texts += [(n, two) for two in combinations(docs, 2)] or [(n, tuple(docs))]
-    found = point(engine, [(asks(conversations[n]), docs) for n, docs in texts])
-    best: dict[int, tuple] = {}
-    for (n, docs), evidence in zip(texts, found):
-        if n not in best or (evidence and (best[n][1] is None or evidence.odds > best[n][1].odds)):
-            best[n] = docs, evidence
-    left = [c for n, c in enumerate(conversations) if n not in best]
+    pointed = [bool(quote and engine.model.evidence and _documents(c)) for c in conversations]
+    looked = iter(look_together(engine, [c for c, so in zip(conversations, pointed) if so]))
+    left = [c for c, so in zip(conversations, pointed) if not so]
     own = iter(engine.answer_batch(left, batch_size, max_tokens, quote=quote, **more))
-    return [_cite(asks(c), *best[n]) if n in best else next(own) for n, c in enumerate(conversations)]
+    fitted, answers = (engine.model.confidence or {}).get("together"), []
+    for conversation, so in zip(conversations, pointed):
+        if not so:
+            answers.append(next(own))
+            continue
+        texts, found, features = next(looked)
+        scores = confidence(features, fitted) if fitted else features[:, ODDS]
+        best = np.where([e is None for e in found], -math.inf, scores).argmax()
+        sure = found[best] is not None and scores[best] > 0
+        answers.append(_cite(asks(conversation), texts[best], found[best]) if sure else ABSTENTION)
+    return answers
 
 
-def _cite(question: str, docs: Sequence[dict], found: "Evidence | None") -> str:
-    if found is None or found.odds <= 0:
-        return ABSTENTION
+def _cite(question: str, docs: Sequence[dict], found: "Evidence") -> str:
     lacks = names_in(question) - _told(docs[found.document])
     cited = [doc for n, doc in enumerate(docs) if n == found.document or lacks & _told(doc)]
     return _pointed(found.text, *(doc["number"] for doc in cited))

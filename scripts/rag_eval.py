@@ -98,6 +98,7 @@ from nanochat.reader import (
     fit_words,
     focus,
     look,
+    look_together,
     one_document_each,
     stream_each,
 )
@@ -354,7 +355,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
 
     `judged` are the ids of the questions that are to be judged; none of them may be learned from.
     """
-    answerable, unanswerable, asked = [], [], []
+    answerable, unanswerable, asked, together = [], [], [], []
     engine.model.confidence = None  # an earlier calibration's may spare the model from being asked
     for path in map(str.strip, config.calibrate.split(",")):
         rows = load_queries(path)
@@ -367,6 +368,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         of = RetrievalManager(manager.retriever_type, own, cached=True) if other else manager
         there, gone, views = calibration_features(engine, of, config, rows, path)
         answerable, unanswerable, asked = answerable + there, unanswerable + gone, asked + views
+        together += features_together(engine, of, config, rows)
     fitted = fit_confidence(answerable, unanswerable, config.abstain)
     # And with the documents that these weights choose, whose words are to be trusted
     best = [views[confidence(f, fitted).argmax()] for (f, _), (_, views) in zip(answerable, asked)]
@@ -379,7 +381,46 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
             if own != other:
                 sure.append((logprob, evidence["logprob"]))
                 better.append(own > other)
-    return fitted | {"words": fit_words(sure, better)}
+    right = [(f, mask) for f, mask, whole in together if whole]
+    wrong = [f for f, _, whole in together if not whole]
+    two = fit_confidence(right, wrong, config.abstain) if right and wrong else None
+    return fitted | {"words": fit_words(sure, better), "together": two}
+
+
+def features_together(
+    engine: Engine, manager: RetrievalManager, config: Config, rows: list[dict]
+) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    """What `fit_confidence` takes of 100 two-hop questions and of 100 others, among distractors: `look_together`'s
+    features, in which two documents the right words were found, and whether all are there that the question takes (each
+    is asked once with them and once with one missing).
+    """
+    if engine.model.evidence is None:
+        return []
+    documents, asks = {doc.id: doc for doc in manager.documents}, []
+    for kind in ("two_hop", "single"):
+        pool = [r for r in rows if r["type"] == kind and documents.keys() >= {*r["positive_ids"]}]
+        pool = random.Random(config.seed).sample(pool, min(config.max_examples, 100, len(pool)))
+        found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in pool])
+        for row, docs in zip(pool, found):
+            rng, known = random.Random(row["id"]), {doc.id: doc for doc in docs}
+            gold = [known.get(p) or documents[p] for p in row["positive_ids"]][: row["hops"]]
+            others = [doc for doc in docs if _is_distractor(doc, row)]
+            for kept in (gold, rng.sample(gold, len(gold) - 1)):
+                shown = kept + others[: max(0, config.top_k - len(kept))]
+                if shown:
+                    asks.append((row, rng.sample(shown, len(shown)), kept is gold))
+
+    def read(part: list[tuple[dict, list[Document], bool]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        looked = look_together(
+            engine, [ask(row["query"], manager.compare(row["query"], docs)) for row, docs, _ in part]
+        )
+        right = lambda row, e: e is not None and answer_f1(e.text, row["answers"]) > 0.5
+        return [
+            (features, np.array([right(row, evidence) for evidence in found]), whole)
+            for (row, _, whole), (_, found, features) in zip(part, looked)
+        ]
+
+    return over_ranks(read, asks)
 
 
 def calibration_features(

@@ -92,8 +92,15 @@ def test_of_passages_that_disagree_the_newer_is_heard_first_and_the_other_one_to
 
     def load_sure(*args, **options):
         model, *rest = load(*args, **options)
-        model.confidence = {"mean": [0] * 7, "scale": [1] * 7, "weights": [0] * 7}
-        model.confidence |= {"usual": 0.0, "bias": 1.0, "rivals": 0.0, "beside": 0.5, "words": [0.0, 0.0, 1.0]}
+        model.confidence = {"mean": [0] * 8, "scale": [1] * 8, "weights": [0] * 8}
+        model.confidence |= {
+            "usual": 0.0,
+            "bias": 1.0,
+            "rivals": 0.0,
+            "beside": 0.5,
+            "words": [0.0, 0.0, 1.0],
+            "together": None,
+        }
         return model, *rest
 
     class Reads(FixedEngine):

@@ -25,6 +25,7 @@ from nanochat.reader import (
     fit_words,
     focus,
     look,
+    look_together,
     one_document_each,
     shared_words,
     speak,
@@ -34,7 +35,14 @@ from nanochat.reader import (
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
     shape = {"mean": [0.0] * FEATURES, "scale": [1.0] * FEATURES, "weights": [0.0, 1.0] + [0.0] * (FEATURES - 2)}
-    return shape | {"usual": 0.0, "bias": bias, "rivals": 0.0, "beside": beside, "words": [0.0, 0.0, 1.0]}
+    return shape | {
+        "usual": 0.0,
+        "bias": bias,
+        "rivals": 0.0,
+        "beside": beside,
+        "words": [0.0, 0.0, 1.0],
+        "together": None,
+    }
 
 
 class Finder:
@@ -117,7 +125,7 @@ def test_what_an_evidence_reader_finds_counts_and_goes_with_its_document():
     assert features[:, 6].tolist() == [5.0] * 3
     look(engine, [talk], known=known)
     assert len(engine.model.evidence.asked) == 3  # read once
-    engine.model.confidence = by_similarity(bias=1.0) | {"weights": [0] * 6 + [1.0], "words": [0.0, 0.0, -1.0]}
+    engine.model.confidence = by_similarity(bias=1.0) | {"weights": [0] * 6 + [1.0, 0], "words": [0.0, 0.0, -1.0]}
     assert answer_each(engine, [talk], max_tokens=9)[0] == ["one. [1] Or, by another document: two. [2]"]
 
 
@@ -128,7 +136,7 @@ def test_names_and_words_count_in_the_document_and_in_the_sentence_with_the_evid
         find=lambda asked: [Evidence("9 km", 0, "Its border is 9 km long.", -0.1, 5.0)] * len(asked)
     )
     [(_, features)] = look(engine, [talk])
-    assert features[0, 2:].tolist() == [1, 2 / 2, 0, 1 / 2, 5.0]
+    assert features[0, 2:7].tolist() == [1, 2 / 2, 0, 1 / 2, 5.0] and np.isnan(features[0, 7])  # no name in the title
     engine.model.evidence = SimpleNamespace(find=lambda asked: [None] * len(asked))
     [(_, features)] = look(engine, [talk])
     assert features[0, 2:4].tolist() == [1, 1] and np.isnan(features[0, 4:]).all()
@@ -198,6 +206,26 @@ def test_of_what_two_documents_say_the_surest_counts():
     assert answer_together(engine, [talk], max_tokens=9) == ["Dan. [1][2]"]
     sure["Rill"] = 3.0
     assert answer_together(engine, [talk], max_tokens=9) == ["Rill. [3]"]
+
+
+def test_who_leads_to_the_answer_speaks_for_two_documents():
+    engine = make_engine(sequence_len=256)
+    engine.model.evidence = Finder("Rill", "Dan")
+    talk = conversation("What is the river of Oldtown's country?", "the Dan", "Oldtown in Freedonia", "the Rill")
+    for doc, title in zip(talk["messages"][0]["documents"], ("Sylvania", "Oldtown", "Freedonia")):
+        doc["title"] = title
+    [(texts, found, features)] = look_together(engine, [talk])
+    assert [[doc["number"] for doc in docs] for docs in texts] == [[1, 2], [1, 3], [2, 3]]
+    assert [e.text for e in found] == ["Dan", "Rill", "Rill"]
+    # odds and similarity of pairs aren't known; "oldtown" of the question's names; river, oldtown, country; ...
+    assert np.isnan(features[:, :2]).all() and features[:, 2].tolist() == [1, 0, 1]
+    assert features[:, 3] == pytest.approx([1 / 3, 0, 1 / 3])
+    assert features[:, 4:].tolist() == [[0, 0, 5.0, 0], [0, 0, 5.0, 0], [0, 0, 5.0, 1]]  # Oldtown tells of Freedonia
+    shape = by_similarity() | {"weights": [0] * 7 + [1.0], "bias": -0.5}
+    engine.model.confidence = by_similarity() | {"together": shape}
+    assert answer_together(engine, [talk], max_tokens=9) == ["Rill. [2][3]"]
+    shape["bias"] = -1.5
+    assert answer_together(engine, [talk], max_tokens=9) == [ABSTENTION]
 
 
 def test_more_words_are_right_than_wrong_from_there_on():
@@ -295,9 +323,14 @@ def test_the_weights_are_learned_from_what_tells_right_documents_from_others(mon
 
 
 def test_what_an_earlier_version_learned_is_passed_over(capsys):
-    now = by_similarity()
-    assert check_confidence(now) == now and check_confidence(None) is None and not capsys.readouterr().out
-    without = {name: value for name, value in now.items() if name != "rivals"}
+    now = by_similarity() | {"together": {k: v for k, v in by_similarity().items() if k not in ("words", "together")}}
+    assert (
+        check_confidence(now) == now
+        and check_confidence(by_similarity()) == by_similarity()
+        and check_confidence(None) is None
+        and not capsys.readouterr().out
+    )
+    without = {name: value for name, value in now.items() if name != "together"}
     for old in (without, now | {name: [0.0] * 5 for name in ("mean", "scale", "weights")}):
         assert check_confidence(old) is None and "calibrate again" in capsys.readouterr().out
 

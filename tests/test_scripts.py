@@ -276,7 +276,7 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
     )
     manager = RetrievalManager("bm25", world.kb)
     fitted = rag_eval.calibrate(engine, manager, config, set())
-    assert fitted == {"in_vain": [1, 2], "abstain": config.abstain, "words": [1.0, 2.0, 3.0]}
+    assert fitted == {"in_vain": [1, 2], "abstain": config.abstain, "words": [1.0, 2.0, 3.0], "together": None}
     assert asked == [
         (manager.path, len(load_queries(f"{world.queries}/val.jsonl"))),
         (world.home / "own" / "knowledge_base", 4),
