@@ -291,7 +291,7 @@ class GPT(nn.Module):
     def generate_from_conversation(self, conversation: dict, read: str = "each", **sampling) -> str:
         """Answer a conversation (docs/formats.md) with this model; needs `load_model`, which attaches the tokenizer.
 
-        Its documents are read one by one (`read="each"`, reader.py) or two by two ("together"), and answers are in
+        Its documents are read one by one (`read="each"`, reader.py) or two by two, too ("together"), and answers are in
         their words unless `quote` is false.
         """
         if read not in ("each", "together"):

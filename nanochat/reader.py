@@ -14,7 +14,7 @@ Where that is convincing enough to answer, either the model's own words are take
 points at (nanochat/evidence.py), whichever calibration found better to trust. Where other documents are convincing,
 too, they are heard: who agrees is cited, who disagrees is quoted, the newest first, then those without a `date`.
 
-A question that takes two documents at once can't be asked this way: `answer_together` reads every two as one text.
+A question that takes two documents at once can't be asked this way: `answer_together` also reads every two as one text.
 """
 
 import math
@@ -87,7 +87,7 @@ def look(
 
 
 def look_together(
-    engine: Engine, conversations: Sequence[dict]
+    engine: Engine, conversations: Sequence[dict], known: dict | None = None
 ) -> "list[tuple[list[Sequence[dict]], list[Evidence | None], np.ndarray]]":
     """Every two documents of each conversation (a lone one alone), what the evidence reader finds in them read as one
     text, the sentences that are closest in each, and what speaks for it.
@@ -100,7 +100,7 @@ def look_together(
     for c in conversations:
         docs = [_documents(view)[0] for view in one_document_each(check_conversation(c), most=TOGETHER)]
         asked.append([(asks(c), two) for two in combinations(docs, 2)] or [(asks(c), tuple(docs))])
-    told = iter(point(engine, [one for each in asked for one in each]))
+    told = iter(point(engine, [one for each in asked for one in each], known))
     out = []
     for each in asked:
         found = [next(told) for _ in each]
@@ -292,30 +292,40 @@ def answer_together(
     batch_size: int = 16,
     max_tokens: int = 256,
     quote: bool = True,
-    **more,
+    progress: bool = False,
+    known: dict | None = None,
+    **sampling,
 ) -> list[str]:
-    """The answers, documents of a conversation read two by two, for questions that take more than one of them.
+    """The answers, documents of a conversation read two by two, too, for questions that may take more than one of them.
 
     By the evidence reader: it reads every two documents as one text (`look_together`), and what it finds in the most
-    convincing two is said. (Five documents are ten such texts, twenty are 190: this isn't for many.) Cited is the
-    document of these words, and the other of the two if it has names of the question which that one lacks. By the
-    language model, all in one context, where there is no such reader or no document, or where it needn't `quote`.
-    `more` is Engine.answer_batch's: an evidence reader isn't sampled from.
+    convincing two is said, unless one alone is more so (`answer_each`). Cited is the document of these words, and the
+    other of the two if it has names of the question which that one lacks. (Five documents are ten such texts, twenty
+    are 190: this isn't for many.) Where calibration had no questions that take two, its odds decide between the two,
+    and nothing is read alone. By the language model, all in one context, where there is no such reader or no document,
+    or where it needn't `quote`.
     """
-    pointed = [bool(quote and engine.model.evidence and _documents(c)) for c in conversations]
-    looked = iter(look_together(engine, [c for c, so in zip(conversations, pointed) if so]))
-    left = [c for c, so in zip(conversations, pointed) if not so]
-    own = iter(engine.answer_batch(left, batch_size, max_tokens, quote=quote, **more))
-    fitted, answers = (engine.model.confidence or {}).get("together"), []
-    for conversation, so in zip(conversations, pointed):
-        if not so:
-            answers.append(next(own))
-            continue
-        texts, found, features = next(looked)
-        scores = confidence(features, fitted) if fitted else features[:, ODDS]
+    known = {} if known is None else known
+    options = {"max_tokens": max_tokens, "batch_size": batch_size, "progress": progress}
+    answers: list[str | None] = [None] * len(conversations)
+    pointed = [n for n, c in enumerate(conversations) if quote and engine.model.evidence and _documents(c)]
+    asked, fitted = [conversations[n] for n in pointed], engine.model.confidence or {}
+    alone = [-math.inf] * len(asked)
+    if fitted.get("together"):
+        alone = [confidence(f, fitted).max() for _, f in look(engine, asked, known=known, **options)]
+    for n, single, (texts, found, features) in zip(pointed, alone, look_together(engine, asked, known)):
+        scores = confidence(features, fitted["together"]) if fitted.get("together") else features[:, ODDS]
         best = np.where([e is None for e in found], -math.inf, scores).argmax()
-        sure = found[best] is not None and scores[best] > 0
-        answers.append(_cite(asks(conversation), texts[best], found[best]) if sure else ABSTENTION)
+        if found[best] is not None and scores[best] > max(single, 0):
+            answers[n] = _cite(asks(conversations[n]), texts[best], found[best])
+        elif not fitted.get("together"):
+            answers[n] = ABSTENTION
+    left = [n for n in pointed if answers[n] is None]
+    said, _ = answer_each(engine, [conversations[n] for n in left], quote=quote, known=known, **options, **sampling)
+    rest = [n for n in range(len(conversations)) if n not in set(pointed)]
+    own = engine.answer_batch([conversations[n] for n in rest], quote=quote, **options, **sampling)
+    for n, answer in [*zip(left, said), *zip(rest, own)]:
+        answers[n] = answer
     return answers
 
 

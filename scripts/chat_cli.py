@@ -39,7 +39,7 @@ class Config:
     knowledge_base: str = ""  # folder of a knowledge base; none: chat without documents
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # passages to retrieve for a question
-    read: str = "each"  # each: passages one by one, the surest answers; together: two by two
+    read: str = "each"  # each: passages one by one, the surest answers; together: two by two, too
     quote: bool = True  # answers over passages are in their words; false: the model says what it likes
     prompt: str | None = field(default=None, alias=["-p"])  # answer this question and exit
     system: str = ""  # a system message

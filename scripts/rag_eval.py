@@ -9,7 +9,7 @@ Every row asks questions of `--queries` in another setting:
     oracle              the gold document alone
     oracle_distractors_p1 ... _pk   the gold document at position 1 ... k among what else the retriever finds
     retrieved           what the retriever finds in the whole knowledge base, whether the gold is there or not
-    retrieved_together  the same, documents read two by two
+    retrieved_together  the same, documents read two by two, too
     retrieved_held_out_wording   the same for questions whose `wording` is "held_out": phrased as none in training
     distractors_only    what the retriever finds, without any document that holds the answer: should abstain
     counterfactual      the gold document with names and answers exchanged: what the weights remember is of no use
@@ -28,8 +28,8 @@ itself (nanochat/reader.py). How the model's odds, an evidence reader's and the 
 words are said, and from where on it is better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with
 the checkpoint; it takes several files (commas between them), and one that has a knowledge base of its own,
 Q/../knowledge_base, is asked of that. With `--read together` the closest sentences of every two are one text to the
-evidence reader, or all are one context to the language model where it was calibrated without; always so in `two_hop`,
-`two_hop_half` and `retrieved_together`.
+evidence reader, too, and what is surest is said, of one or of two; without such a reader all are one context to the
+language model. Always so in `two_hop`, `two_hop_half` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in
@@ -125,9 +125,10 @@ class Config:
     calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
     evidence: str = ""  # evidence reader to calibrate with, by its tag; empty: the model's tag; none: without
     abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
+    abstain_together: float = 0.7  # the same of what is read two by two: questions without one of their documents
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
-    read: str = "each"  # each: documents are read one by one; together: two by two
+    read: str = "each"  # each: documents are read one by one; together: two by two, too
     quote: bool = True  # answers over documents are in their words; false: the model says what it likes
     max_examples: int = 500  # questions a row
     seed: int = 0  # which questions
@@ -146,8 +147,9 @@ def main(config: Config) -> dict:
         raise UserError("--knowledge_base and --queries are needed, e.g. KB and Q/test.jsonl")
     if config.read not in ("each", "together"):
         raise UserError(f"--read {config.read}: choose each or together")
-    if not 0 <= config.abstain <= 1:
-        raise UserError(f"--abstain {config.abstain}: a share, from 0 to 1")
+    for name in ("abstain", "abstain_together"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name} {getattr(config, name)}: a share, from 0 to 1")
     for name, least in {"top_k": 1, "max_examples": 1, "batch_size": 1, "max_tokens": 1, "context": 0}.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)}: at least {least}")
@@ -326,7 +328,7 @@ def read_and_answer(
     if each:
         found = answer_each(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
         return list(zip(*found))
-    answers = answer_together(engine, conversations, c.batch_size, c.max_tokens, c.quote, progress=is_main())
+    answers = answer_together(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
     return [(answer, math.nan) for answer in answers]
 
 
@@ -383,16 +385,17 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
                 better.append(own > other)
     right = [(f, mask) for f, mask, whole in together if whole]
     wrong = [f for f, _, whole in together if not whole]
-    two = fit_confidence(right, wrong, config.abstain) if right and wrong else None
+    learnt = wrong and any(mask.any() for _, mask in right)
+    two = fit_confidence(right, wrong, config.abstain_together) if learnt else None
     return fitted | {"words": fit_words(sure, better), "together": two}
 
 
 def features_together(
     engine: Engine, manager: RetrievalManager, config: Config, rows: list[dict]
 ) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-    """What `fit_confidence` takes of 100 two-hop questions and of 100 others, among distractors: `look_together`'s
-    features, in which two documents the right words were found, and whether all are there that the question takes (each
-    is asked once with them and once with one missing).
+    """What `fit_confidence` takes for two documents: `look_together`'s features, in which two that a question takes the
+    right words were found, and whether it can be answered. Of 100 two-hop questions, once with both their documents
+    among distractors and once with one, and of 100 others without the document that answers.
     """
     if engine.model.evidence is None:
         return []
@@ -403,22 +406,21 @@ def features_together(
         found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in pool])
         for row, docs in zip(pool, found):
             rng, known = random.Random(row["id"]), {doc.id: doc for doc in docs}
-            gold = [known.get(p) or documents[p] for p in row["positive_ids"]][: row["hops"]]
+            gold = [known.get(p) or documents[p] for p in row["positive_ids"]]
             others = [doc for doc in docs if _is_distractor(doc, row)]
-            for kept in (gold, rng.sample(gold, len(gold) - 1)):
-                shown = kept + others[: max(0, config.top_k - len(kept))]
-                if shown:
+            for kept in (gold, rng.sample(gold, 1)) if kind == "two_hop" else ([],):
+                if shown := kept + others[: max(0, config.top_k - len(kept))]:
                     asks.append((row, rng.sample(shown, len(shown)), kept is gold))
 
     def read(part: list[tuple[dict, list[Document], bool]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-        looked = look_together(
-            engine, [ask(row["query"], manager.compare(row["query"], docs)) for row, docs, _ in part]
-        )
-        right = lambda row, e: e is not None and answer_f1(e.text, row["answers"]) > 0.5
-        return [
-            (features, np.array([right(row, evidence) for evidence in found]), whole)
-            for (row, _, whole), (_, found, features) in zip(part, looked)
-        ]
+        conversations = [ask(row["query"], manager.compare(row["query"], docs)) for row, docs, _ in part]
+        out = []
+        for (row, docs, whole), (texts, found, features) in zip(part, look_together(engine, conversations)):
+            two = [{docs[doc["number"] - 1].id for doc in text} for text in texts]
+            said = [answer_f1(e.text, row["answers"]) if e else 0.0 for e in found]
+            right = [ids >= {*row["positive_ids"]} and f1 > 0.5 for ids, f1 in zip(two, said)]
+            out.append((features, np.array(right), whole))
+        return out
 
     return over_ranks(read, asks)
 

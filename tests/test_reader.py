@@ -222,9 +222,12 @@ def test_who_leads_to_the_answer_speaks_for_two_documents():
     assert features[:, 3] == pytest.approx([1 / 3, 0, 1 / 3])
     assert features[:, 4:].tolist() == [[0, 0, 5.0, 0], [0, 0, 5.0, 0], [0, 0, 5.0, 1]]  # Oldtown tells of Freedonia
     shape = by_similarity() | {"weights": [0] * 7 + [1.0], "bias": -0.5}
-    engine.model.confidence = by_similarity() | {"together": shape}
+    alone = by_similarity() | {"weights": [0] * 6 + [1.0, 0], "words": [0.0, 0.0, -1.0]}
+    engine.model.confidence = alone | {"bias": -4.9, "beside": 9.0, "together": shape}  # of one alone: 0.1, of two 0.5
     assert answer_together(engine, [talk], max_tokens=9) == ["Rill. [2][3]"]
-    shape["bias"] = -1.5
+    engine.model.confidence["bias"] = -4.0  # of one alone: 1
+    assert answer_together(engine, [talk], max_tokens=9) == answer_each(engine, [talk], max_tokens=9)[0] == ["Dan. [1]"]
+    engine.model.confidence["bias"], shape["bias"] = -5.5, -1.5
     assert answer_together(engine, [talk], max_tokens=9) == [ABSTENTION]
 
 

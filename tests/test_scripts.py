@@ -18,8 +18,9 @@ from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import DATA, UserError, write_jsonl
 from nanochat.config import run
 from nanochat.documents import Document
-from nanochat.evidence import evidence_of
+from nanochat.evidence import Evidence, evidence_of
 from nanochat.rag_utils import ABSTENTION
+from nanochat.reader import FEATURES
 from nanochat.retrieval import RetrievalManager, build_kb
 from nanochat.tokenizer import Tokenizer
 from scripts import (
@@ -37,6 +38,7 @@ from scripts import (
     tok_train,
 )
 from tasks.factbook import load_documents, load_queries
+from tasks.fiction import make_world
 
 # Everything as small as it goes; fp32, because emulated bf16 is slow where the CPU lacks it.
 TINY = {"device": "cpu", "dtype": "float32", "device_batch_size": 2, "lr_scale": 1.0}
@@ -281,6 +283,26 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
         (manager.path, len(load_queries(f"{world.queries}/val.jsonl"))),
         (world.home / "own" / "knowledge_base", 4),
     ]
+
+
+def test_of_two_documents_calibration_learns_which_two_a_question_takes(tmp_path):
+    invented = make_world("val", 12)
+    build_kb([Document.from_dict(doc) for doc in invented.documents.values()], tmp_path / "kb", "bm25")
+    bridges = {r["query"]: r for r in invented.queries if r.get("bridge_relation") != "compare"}
+
+    def one(question, docs):
+        told = [n for n, doc in enumerate(docs) if (bridges[question].get("bridge") or " ") in doc["title"]]
+        return Evidence(bridges[question]["answer"], told[0], docs[told[0]]["content"], -0.1, 5.0) if told else None
+
+    finder = SimpleNamespace(find=lambda asked: [one(*each) for each in asked])
+    engine = SimpleNamespace(model=SimpleNamespace(evidence=finder))
+    manager, config = RetrievalManager("bm25", tmp_path / "kb"), rag_eval.Config(max_examples=4)
+    seen = rag_eval.features_together(engine, manager, config, list(bridges.values()))
+    assert [whole for *_, whole in seen] == [True, False] * 4 + [False] * 4
+    assert all(f.shape == (10, FEATURES) and len(mask) == 10 for f, mask, _ in seen)
+    assert all(mask.sum() == whole for _, mask, whole in seen)  # the two that it takes, if they are there
+    engine.model.evidence = None
+    assert rag_eval.features_together(engine, manager, config, list(bridges.values())) == []
 
 
 def test_a_refused_evaluation_changes_no_checkpoint(world, tmp_path):
