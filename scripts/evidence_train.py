@@ -45,7 +45,6 @@ class Config(TrainConfig):
     fiction_share: float = 0.36  # share of contexts from an invented world (tasks/fiction.py)
     handbook_share: float = 0.32  # share of contexts from handbooks (tasks/handbooks.py)
     two_hop_share: float = 0.16  # share of all contexts that hold two documents, of which the question takes both
-    half_share: float = 0.06  # share of all contexts that hold one document, of which the question takes two
     pair_share: float = 0.04  # share of all contexts that hold two documents, whatever is asked
     whole_share: float = 0.08  # share of all contexts that hold a whole one (or two hops' two); the rest: an excerpt
     val_examples: int = 200  # questions a validation
@@ -80,23 +79,22 @@ def main(config: Config) -> dict[str, float]:
     easier = replace(usual, absent=0.25)
     pair = {"min_docs": 2, "max_docs": 2, "sentences": 4}  # reader.answer_together has two read at a time
     two = pair | {"follow_up": 0.0, "absent": 0.5}
-    half = two | {"min_docs": 1, "max_docs": 1, "absent": 1.0}  # and alone, before
-    sizes = {"whole": {}, "pair": pair, "two_hop": two, "half": half, "excerpt": {"sentences": 5}}
+    sizes = {"whole": {}, "pair": pair, "two_hop": two, "excerpt": {"sentences": 5}}
     sources = {
         "queries": (RAGTask, train_rows, documents, usual),
         "fiction": (RAGTask, world.queries, world.documents, usual),
         "handbook": (HandbookTask, books.queries, books.documents, easier),
     }
-    shares = {name: getattr(config, f"{name}_share") for name in ("fiction", "handbook", *sizes) if name != "excerpt"}
+    shares = {name: getattr(config, f"{name}_share") for name in ("fiction", "handbook", "whole", "pair", "two_hop")}
     shares["queries"] = 1 - shares["fiction"] - shares["handbook"]
-    shares["excerpt"] = 1 - sum(shares[name] for name in sizes if name != "excerpt")
+    shares["excerpt"] = 1 - shares["whole"] - shares["pair"] - shares["two_hop"]
     for parts in (sources, sizes):  # an error names what the flags do
         check_shares({name: shares[name] for name in parts})
     streams, weights = {}, {}
     for size, how in sizes.items():
         for name, (kind, rows, docs, mix) in sources.items():
             seed = config.seed + len(streams)
-            hops = size in ("two_hop", "half")
+            hops = size == "two_hop"
             if chosen := [r for r in rows if not hops or r["type"] == "two_hop"]:
                 task = kind(chosen, docs, replace(mix, **how), found[name], seed, rows if hops else ())
                 streams[f"{name} {size}"] = PointerStream(task, seed)

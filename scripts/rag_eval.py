@@ -125,7 +125,7 @@ class Config:
     calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
     evidence: str = ""  # evidence reader to calibrate with, by its tag; empty: the model's tag; none: without
     abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
-    abstain_together: float = 0.7  # the same of what is read two by two: questions without one of their documents
+    abstain_together: float = 0.6  # the same of what is read two by two: questions without one of their documents
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: two by two, too
