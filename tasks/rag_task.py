@@ -370,11 +370,42 @@ FRAMES = (
     "My question is about {c}. Which {np} does it have?",
     "For {c}, what is stated as the {np}?",
     "As for the {np}, what about {c}?",
+    "The {np} of {c}, what is it?",
+    "Is the {np} of {c} written anywhere?",
+    "Which {np} is named for {c}?",
+    "How is the {np} of {c} described?",
+    "Somebody asked me for {c}'s {np}.",
+    "What can be found on {c}'s {np}?",
+    "Say what is known of the {np} of {c}.",
+)
+BEFORE = (
+    "According to the text,",
+    "Going by what is written here,",
+    "From these passages:",
+    "In short:",
+    "One more thing:",
+    "A quick question.",
+    "Excuse me,",
+    "Hello!",
+    "For my notes:",
+    "I have read it twice and still don't see it.",
+    "My colleague asks:",
+    "If you can,",
+    "Let me know:",
+    "So,",
+)
+AFTER = (
+    "Thanks.",
+    "I can't find it.",
+    "Just the answer.",
+    "Do you see that?",
+    "It is for a quiz.",
+    "In a word, if you can.",
 )
 
 
 def reword(query: str, country: str, rng: random.Random) -> str:
-    """A question about "the X of COUNTRY" or "COUNTRY's X" in another frame; any other as it is.
+    """The question in another frame, if it is about "the X of COUNTRY" or "COUNTRY's X", or with words around it.
 
     A model that only ever sees the six frames of the question files fails on a seventh.
     """
@@ -386,6 +417,10 @@ def reword(query: str, country: str, rng: random.Random) -> str:
     if found:
         query = rng.choice(FRAMES).format(np=found[1] or found[2], c=country)
         query = query[0].upper() + query[1:]
+    if not found or rng.random() < 0.3:
+        around = rng.random()
+        query = f"{rng.choice(BEFORE)} {query}" if around < 0.7 else query
+        query = f"{query} {rng.choice(AFTER)}" if around >= 0.6 else query
     return query
 
 
