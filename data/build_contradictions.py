@@ -56,7 +56,7 @@ def find(countries: list[Country], folder: Path) -> list[dict]:
             old_said = [say(relation=r, c=c.in_text, cut=old[r]) for r in company]
             new_said = [new[r].said for r in company]
             title = f"{c.name} - {BY_NAME[relation].section}"
-            seen, _ = wordings(relation, c.in_text)
+            seen, _ = wordings(relation, c.in_text, c.split)
             n = stable_key(c.name + relation) % len(seen)
             rows.append(
                 {

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from build_factbook import Country, Fact
+from factbook_asks import MORE
 from factbook_fields import FRAMES, HELD_FRAMES, RELATIONS, WHO_FRAMES
 from factbook_text import ARTICLE, SPELLINGS, capitalise, slug, stable_key
 
@@ -82,10 +83,15 @@ SYLLABLES = ("ba bel bor cal dar del dor el fal far gal gor hal ib ka kel kor la
 ENDINGS = "ania aria esia ovia istan land mark ora una ella oth avia una ique".split()
 
 
-def wordings(relation: str, c: str) -> tuple[list[str], list[str]]:
-    """(wordings for training, held-out wordings) of a relation, filled with the country."""
+def own_asks(relation: str, split: str) -> list[str]:
+    """Wordings made for the relation; training has more of them."""
+    return BY_NAME[relation].ask + (MORE.get(relation, []) if split == "train" else [])
+
+
+def wordings(relation: str, c: str, split: str) -> tuple[list[str], list[str]]:
+    """(wordings as in training, held-out wordings) of a relation, filled with the country: its own, then frames."""
     rel = BY_NAME[relation]
-    seen = list(rel.ask) + ((WHO_FRAMES if rel.kind == "person" else FRAMES) if rel.np else [])
+    seen = own_asks(relation, split) + ((WHO_FRAMES if rel.kind == "person" else FRAMES) if rel.np else [])
     held = list(rel.held) + (HELD_FRAMES if rel.np else [])
     if " " in c and c.startswith("the country"):  # "the country whose capital is X's area" reads badly
         seen, held = ([t for t in ts if "{c}'s" not in t] for ts in (seen, held))
@@ -97,8 +103,8 @@ def wordings(relation: str, c: str) -> tuple[list[str], list[str]]:
 def question(qid: str, split: str, relation: str, c: str, **rest) -> dict:
     """A question row: one wording as `query`, others as `paraphrases`."""
     rng = random.Random(stable_key(qid))
-    seen, held = wordings(relation, c)
-    n_own = len(BY_NAME[relation].ask)
+    seen, held = wordings(relation, c, split)
+    n_own = len(own_asks(relation, split))
     picks = rng.sample(seen, k=min(len(seen), 1 + PARAPHRASES[split]))
     if n_own and not any(p in seen[:n_own] for p in picks):
         picks[0] = rng.choice(seen[:n_own])
@@ -265,7 +271,7 @@ def unanswerable(countries: list[Country]) -> list[dict]:
         if c.name == "United States":  # it has no ambassador to itself
             gaps = [m for m in gaps if m not in {"us_ambassador", "ambassador_to_us"}]
         for relation in rng.sample(gaps, min(3, len(gaps))):
-            picks = rng.sample(wordings(relation, c.in_text)[0], 2)
+            picks = rng.sample(wordings(relation, c.in_text, c.split)[0], 2)
             add(f"{slug(c.name)}-no-{relation}", c.split, picks[0], picks[1:], "missing_field", relation, c.name)
         for i in rng.sample(range(len(NEVER)), 2):
             ask = capitalise(NEVER[i].format(c=c.in_text))
@@ -273,7 +279,7 @@ def unanswerable(countries: list[Country]) -> list[dict]:
         for relation in rng.sample(INVENTED_ASKS, 2):
             name = capitalise("".join(rng.sample(SYLLABLES, 2)) + rng.choice(ENDINGS))
             if name.lower() not in real:
-                picks = rng.sample(wordings(relation, name)[0], 2)
+                picks = rng.sample(wordings(relation, name, c.split)[0], 2)
                 add(f"{slug(name)}-{relation}", c.split, picks[0], picks[1:], "invented_country", relation, name)
     return list({row["id"]: row for row in rows}.values())
 

@@ -377,7 +377,17 @@ FRAMES = (
     "Somebody asked me for {c}'s {np}.",
     "What can be found on {c}'s {np}?",
     "Say what is known of the {np} of {c}.",
+    "What do {src} {verb} as the {np} of {c}?",
+    "What do {src} {verb} as {c}'s {np}?",
+    "Which {np} do {src} {verb} for {c}?",
+    "Do {src} {verb} the {np} of {c}?",
+    "Going by {src}, what is the {np} of {c}?",
+    "Look in {src} for the {np} of {c}.",
+    "I am searching {src} for {c}'s {np}.",
+    "In {src}, what is put down as the {np} of {c}?",
 )
+SOURCES = ("these pages", "the records", "the sources", "your notes", "the passages", "the files", "the articles")
+VERBS = ("list", "state", "name", "show", "report", "mention", "record")
 BEFORE = (
     "According to the text,",
     "Going by what is written here,",
@@ -415,7 +425,8 @@ def reword(query: str, country: str, rng: random.Random) -> str:
     )
     found = country and re.fullmatch(rf"{ask} (?:the ([^,]+) of {name}(?: is)?|{name}'s ([^,]+))[.?]", query)
     if found:
-        query = rng.choice(FRAMES).format(np=found[1] or found[2], c=country)
+        np, src, verb = found[1] or found[2], rng.choice(SOURCES), rng.choice(VERBS)
+        query = rng.choice(FRAMES).format(np=np, c=country, src=src, verb=verb)
         query = query[0].upper() + query[1:]
     if not found or rng.random() < 0.3:
         around = rng.random()
