@@ -69,7 +69,9 @@ class Cache:
         return self.db
 
     def _switch_to_wal(self) -> None:
-        """Another process that is creating the file holds a lock which this statement, against `timeout`, fails at."""
+        """Another process that is creating the file holds a lock at which this statement fails, mostly without waiting
+        for `timeout`: so it is tried again, in all for up to twice that long.
+        """
         end = time.monotonic() + TIMEOUT
         while True:
             try:

@@ -311,10 +311,15 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
 
 
 def check_confidence(fitted: Any) -> dict | None:
-    """meta.json's "confidence" (scripts.rag_eval's `calibrate`), or None. Raises TypeError or ValueError."""
+    """meta.json's "confidence" (scripts.rag_eval's `calibrate`), or None, also where it is an older version's.
+
+    Raises KeyError, TypeError or ValueError for what no version has written.
+    """
     if fitted is None:
         return None
-    if isinstance(fitted, dict) and (len(fitted.get("weights", ())) != 8 or "together" not in fitted):
+    if isinstance(fitted, dict) and (
+        len(fitted.get("weights", ())) != 8 or not fitted.keys() >= {"rivals", "together"}
+    ):
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
         )

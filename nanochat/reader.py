@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 
 ALONE, TOGETHER = 2, 3  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
-FEATURES = 8  # of a document or of two read as one text: what `look` and `look_together` give
-ODDS = 6  # which of them are the evidence reader's
+FEATURES = 8  # of a document or of two read as one text: what `look` and `look_together` give, of which these are
+MODEL, LIKENESS, NAMES, ODDS = (
+    0,
+    1,
+    2,
+    6,
+)  # the language model's odds, similarity, names of the question, evidence's odds
 FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
@@ -61,8 +66,9 @@ def look(
     weight); the document's similarity to the query (nan where the retriever gave none); the shares of the question's
     names and of its words that the document has (`shared_words`), and that its title and the sentence with the evidence
     have; the evidence reader's odds; and the share of its title's names that the question has (these four are nan
-    without an evidence reader). Its place among the others doesn't count. `known` remembers from call to call what
-    models said. A view has as its "evidence" what was found in its document.
+    without an evidence reader; the last tells little of one document, but much of two). Its place among the others
+    doesn't count. `known` remembers from call to call what models said. A view has as its "evidence" what was found in
+    its document.
     """
     known = {} if known is None else known
     fitted = engine.model.confidence
@@ -70,7 +76,7 @@ def look(
     said = iter(point(engine, [one for each in asked for one in each], known))
     found = [[next(said) for _ in each] for each in asked]
     views = [one_document_each(c, told) for c, told in zip(conversations, found)]
-    counts = fitted is None or fitted["weights"][0]
+    counts = fitted is None or fitted["weights"][MODEL]
     prompts = [engine.prompt(view, max_tokens) for v in views for view in v] if counts else []
     keys = [np.array(ids).tobytes() for ids in prompts]
     new = {key: ids for key, ids in zip(keys, prompts) if key not in known}
@@ -90,11 +96,11 @@ def look_together(
     engine: Engine, conversations: Sequence[dict], known: dict | None = None
 ) -> "list[tuple[list[Sequence[dict]], list[Evidence | None], np.ndarray]]":
     """Every two documents of each conversation (a lone one alone), what the evidence reader finds in them read as one
-    text, the sentences that are closest in each, and what speaks for it.
+    text, and what speaks for it. Of a document the `TOGETHER` closest sentences are read.
 
-    The latter are `look`'s features (texts, FEATURES) but for the first two; the shares are of what either document
-    has, and the last is how much of the names in the answering document's title the question or the other one has: who
-    is asked about leads to who answers.
+    What speaks for it are `look`'s features (texts, FEATURES) but for the first two, which are nan. The shares are of
+    what either document has in the sentences that are read, and the last is how much of the names in the answering
+    document's title the question or the other one has: who is asked about leads to who answers.
     """
     asked = []
     for c in conversations:
@@ -117,7 +123,7 @@ def _speaks(question: str, docs: Sequence[dict], evidence: "Evidence | None") ->
     doc = docs[evidence.document]
     near = shared_words(question, {**doc, "content": evidence.sentence})
     others = [_told(other) for n, other in enumerate(docs) if n != evidence.document]
-    linked = _share(names_in(doc.get("title", ""), 0), set(tokenize(_plain(question))).union(*others))
+    linked = _share(names_in(f"{doc.get('title') or ''}", 0), set(tokenize(_plain(question))).union(*others))
     return (*held, *near, evidence.odds, linked)
 
 
@@ -301,28 +307,30 @@ def answer_together(
     By the evidence reader: it reads every two documents as one text (`look_together`), and what it finds in the most
     convincing two is said, unless one alone is more so (`answer_each`). Cited is the document of these words, and the
     other of the two if it has names of the question which that one lacks. (Five documents are ten such texts, twenty
-    are 190: this isn't for many.) Where calibration had no questions that take two, its odds decide between the two,
-    and nothing is read alone. By the language model, all in one context, where there is no such reader or no document,
-    or where it needn't `quote`.
+    are 190: this isn't for many.) Where calibration had no questions that take two, no document is read alone, and the
+    words of the surest two are said if the evidence reader finds them rather there than not. By the language model,
+    all in one context, where there is no such reader or no document, or where it needn't `quote`.
     """
     known = {} if known is None else known
     options = {"max_tokens": max_tokens, "batch_size": batch_size, "progress": progress}
     answers: list[str | None] = [None] * len(conversations)
     pointed = [n for n, c in enumerate(conversations) if quote and engine.model.evidence and _documents(c)]
-    asked, fitted = [conversations[n] for n in pointed], engine.model.confidence or {}
-    alone = [-math.inf] * len(asked)
-    if fitted.get("together"):
-        alone = [confidence(f, fitted).max() for _, f in look(engine, asked, known=known, **options)]
-    for n, single, (texts, found, features) in zip(pointed, alone, look_together(engine, asked, known)):
-        scores = confidence(features, fitted["together"]) if fitted.get("together") else features[:, ODDS]
+    asked, fitted = [conversations[n] for n in pointed], engine.model.confidence
+    two = fitted and fitted["together"]
+    bars = [0.0] * len(asked)
+    if two:  # a lone document has nothing to be read with
+        looked = look(engine, asked, known=known, **options)
+        bars = [max(0.0, confidence(f, fitted).max()) if len(f) > 1 else math.inf for _, f in looked]
+    for n, bar, (texts, found, features) in zip(pointed, bars, look_together(engine, asked, known)):
+        scores = confidence(features, two) if two else features[:, ODDS]
         best = np.where([e is None for e in found], -math.inf, scores).argmax()
-        if found[best] is not None and scores[best] > max(single, 0):
+        if found[best] is not None and scores[best] > bar:
             answers[n] = _cite(asks(conversations[n]), texts[best], found[best])
-        elif not fitted.get("together"):
+        elif not two:
             answers[n] = ABSTENTION
     left = [n for n in pointed if answers[n] is None]
     said, _ = answer_each(engine, [conversations[n] for n in left], quote=quote, known=known, **options, **sampling)
-    rest = [n for n in range(len(conversations)) if n not in set(pointed)]
+    rest = sorted({*range(len(conversations))} - {*pointed})
     own = engine.answer_batch([conversations[n] for n in rest], quote=quote, **options, **sampling)
     for n, answer in [*zip(left, said), *zip(rest, own)]:
         answers[n] = answer
@@ -340,17 +348,17 @@ def confidence(features: np.ndarray, fitted: dict | None) -> np.ndarray:
     average. `fitted` is `fit_confidence`'s; without it, the reader's odds alone.
     """
     if fitted is None or not len(features):
-        return features[:, 0]
+        return features[:, MODEL]
     scaled = (_beside_others(features, fitted["usual"]) - np.array(fitted["mean"])) / np.array(fitted["scale"])
     return np.nan_to_num(scaled) @ np.array(fitted["weights"]) + fitted["bias"] - fitted["rivals"] * _rivals(features)
 
 
 def _rivals(features: np.ndarray) -> float:
-    """Of how many documents of a question all its names are known, as a logarithm; 0 if of one or none.
+    """How many of a question's documents have all its names, as a logarithm; 0 if one or none has.
 
     Among many about the very thing asked, the most convincing wrong one is more so: it is the best of more tries.
     """
-    return math.log(max(1, (features[:, 2] >= 1).sum()))
+    return math.log(max(1, (features[:, NAMES] >= 1).sum()))
 
 
 def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
@@ -360,19 +368,23 @@ def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
     doesn't (docs/LOG.md). What is `usual` counts as half a document more, and is all there is beside one alone.
     """
     x = features.clip(-20, 20)
-    n = (~np.isnan(x[:, 1])).sum()
-    x[:, 1] -= (np.nansum(x[:, 1]) - x[:, 1] + usual / 2) / (n - 0.5)
+    n = (~np.isnan(x[:, LIKENESS])).sum()
+    x[:, LIKENESS] -= (np.nansum(x[:, LIKENESS]) - x[:, LIKENESS] + usual / 2) / (n - 0.5)
     return x
 
 
 def fit_confidence(
-    answerable: Sequence[tuple[np.ndarray, np.ndarray]], unanswerable: Sequence[np.ndarray], abstain: float
+    answerable: Sequence[tuple[np.ndarray, np.ndarray]],
+    unanswerable: Sequence[np.ndarray],
+    abstain: float,
+    count_rivals: bool = True,
 ) -> dict:
     """Weights for `confidence` from validation questions, each with its documents' features.
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
     documents from all others; a weight of the language model below `FAINT` is none. The bias, and what is taken off for
-    `_rivals`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile regression).
+    `_rivals`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile regression;
+    without `count_rivals`, where features are of two documents and don't say how many have the names, just a quantile).
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
@@ -380,7 +392,7 @@ def fit_confidence(
 
     seen = [f for f, _ in answerable] + list(unanswerable)
     y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
-    likeness = np.concatenate(seen)[~y, 1]
+    likeness = np.concatenate(seen)[~y, LIKENESS]
     usual = 0.0 if np.isnan(likeness).all() else float(np.nanmean(likeness))
     x = np.concatenate([_beside_others(f, usual) for f in seen])
     known = ~np.isnan(x)
@@ -390,12 +402,12 @@ def fit_confidence(
     scale = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
     weights = model.coef_[0]
-    weights[0] *= weights[0] >= FAINT  # one that is negative is chance
+    weights[MODEL] *= weights[MODEL] >= FAINT  # one that is negative is chance
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "usual": usual}
     fitted |= {"bias": 0.0, "rivals": 0.0}
     best = lambda: np.array([confidence(f, fitted).max() for f in unanswerable])
     rivals = np.array([[_rivals(f)] for f in unanswerable])
-    if rivals.std() > 0:
+    if count_rivals and rivals.std() > 0:
         line = QuantileRegressor(quantile=min(max(abstain, 0.01), 0.99), alpha=0.0, solver="highs").fit(rivals, best())
         fitted["rivals"] = max(0.0, float(line.coef_[0]))
     bias = -float(np.quantile(best(), abstain))

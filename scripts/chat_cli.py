@@ -86,7 +86,7 @@ class Chat:
             pieces = stream_each(self.engine, heard, c.max_tokens, **sampling)
         elif self.documents and self.engine.model.evidence and c.quote:
             self.read = set(range(1, len(self.documents) + 1))
-            pieces = iter(answer_together(self.engine, [conversation], 1, c.max_tokens))
+            pieces = iter(answer_together(self.engine, [conversation], 1, c.max_tokens, **sampling))
         else:
             ids = self.engine.prompt(conversation, c.max_tokens)
             self.read = numbers_read(ids, self.engine.tokenizer)

@@ -28,8 +28,9 @@ itself (nanochat/reader.py). How the model's odds, an evidence reader's and the 
 words are said, and from where on it is better to abstain, `--calibrate Q/val.jsonl` learns beforehand and keeps with
 the checkpoint; it takes several files (commas between them), and one that has a knowledge base of its own,
 Q/../knowledge_base, is asked of that. With `--read together` the closest sentences of every two are one text to the
-evidence reader, too, and what is surest is said, of one or of two; without such a reader all are one context to the
-language model. Always so in `two_hop`, `two_hop_half` and `retrieved_together`.
+evidence reader, too, and what is surest is said, of one or of two (of two only, where calibration had no questions
+that take two); without such a reader all are one context to the language model. Always so in `two_hop`,
+`two_hop_half` and `retrieved_together`.
 
 Where the retriever finds too few documents, random ones of the knowledge base stand in as distractors. f1 and em are
 those of the answer without its citations, the best over accepted variants, contains: whether one of these stands in
@@ -125,7 +126,7 @@ class Config:
     calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
     evidence: str = ""  # evidence reader to calibrate with, by its tag; empty: the model's tag; none: without
     abstain: float = 0.86  # share of the validation questions without their document that calibration abstains from
-    abstain_together: float = 0.6  # the same of what is read two by two: questions without one of their documents
+    abstain_together: float = 0.6  # in which share of them no two documents answer; one alone still may
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
     read: str = "each"  # each: documents are read one by one; together: two by two, too
@@ -294,6 +295,7 @@ def main(config: Config) -> dict:
     result = {"rows": table, "config": used, "versions": versions()}
     if config.calibrate and d.rank == 0:
         settings_used = {"queries": config.calibrate, "retriever": manager.retriever_type, "top_k": config.top_k}
+        settings_used |= {"abstain": config.abstain, "abstain_together": config.abstain_together}
         told = {"confidence": model.confidence, "calibrated": settings_used}
         told["evidence"] = model.evidence and model.evidence.told
         write_json(checkpoint / "meta.json", meta | told)
@@ -347,8 +349,11 @@ def what_it_costs(
             pieces = iter(answer_together(engine, [conversation], 1, config.max_tokens, config.quote))
         next(pieces, None)
         times.append(1000 * (time.perf_counter() - start))
-        views = (one_document_each(conversation) if each else []) or [conversation]
-        tokens.append(sum(len(engine.prompt(view, config.max_tokens)) for view in views))
+        fitted, pointed = engine.model.confidence, engine.model.evidence and config.quote
+        alone = each or (pointed and fitted and fitted["together"])  # each is read alone first, then every two
+        views = (one_document_each(conversation) if alone else []) or [conversation]
+        asked = views if alone or not (pointed and docs) else []  # the evidence reader needs no language model
+        tokens.append(sum(len(engine.prompt(view, config.max_tokens)) for view in asked))
     return {"ttft_ms": float(np.median(times)), "tokens": float(np.mean(tokens))}
 
 
@@ -386,7 +391,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
     right = [(f, mask) for f, mask, whole in together if whole]
     wrong = [f for f, _, whole in together if not whole]
     learnt = wrong and any(mask.any() for _, mask in right)
-    two = fit_confidence(right, wrong, config.abstain_together) if learnt else None
+    two = fit_confidence(right, wrong, config.abstain_together, count_rivals=False) if learnt else None
     return fitted | {"words": fit_words(sure, better), "together": two}
 
 
@@ -402,6 +407,7 @@ def features_together(
     documents, asks = {doc.id: doc for doc in manager.documents}, []
     for kind in ("two_hop", "single"):
         pool = [r for r in rows if r["type"] == kind and documents.keys() >= {*r["positive_ids"]}]
+        pool = [r for r in pool if kind == "single" or len({*r["positive_ids"]}) == 2]
         pool = random.Random(config.seed).sample(pool, min(config.max_examples, 100, len(pool)))
         found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in pool])
         for row, docs in zip(pool, found):

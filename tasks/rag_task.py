@@ -42,7 +42,7 @@ class RAGMix:
     min_docs: int = 1  # documents in the context, at least
     max_docs: int = 5  # and at most
     reword: float = 0.0  # questions in a wording that no question file has
-    alike: float = 0.3  # of the distractors, of the same relation; 0.5 with those of the same country or naming it
+    alike: float = 0.3  # of the distractors, of the same relation; those about or naming the same entity fill up to 0.5
     careless: float = 0.0  # questions as they are typed in a hurry
     bare: float = 0.0  # there is no document at all: the answer to whatever is asked is the abstention
     sentences: int = 0  # documents are cut to one to so many sentences, with what its question needs (0: whole)

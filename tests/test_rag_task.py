@@ -23,6 +23,7 @@ from tasks.rag_task import (
     AFTER,
     BEFORE,
     FRAMES,
+    SOURCES,
     MultiHopRAGTask,
     RAGMix,
     RAGTask,
@@ -520,10 +521,10 @@ def test_an_excerpt_about_something_else_keeps_what_names_the_thing_asked_about(
 def test_a_question_is_asked_in_other_frames_or_among_other_words_but_never_as_the_held_out_are():
     rng = random.Random(0)
     framed = {reword("What is the birth rate of Chad?", "Chad", rng) for _ in range(400)}
-    assert len(framed) > 40 and all("birth rate" in q.lower() and "Chad" in q for q in framed)
+    assert len(framed) > 60 and all("birth rate" in q.lower() and "Chad" in q and "{" not in q for q in framed)
     around = {reword("Where do newts live?", "", rng) for _ in range(400)}
     assert (
         len(around) > 20 and all("Where do newts live?" in q for q in around) and "Where do newts live?" not in around
     )
     for held in ("documents give", "look up", "Could you check", "Remind me", "like to know", "Please give me"):
-        assert not any(held in words for words in (*FRAMES, *BEFORE, *AFTER))
+        assert not any(held in words for words in (*FRAMES, *BEFORE, *AFTER, *framed, *SOURCES))

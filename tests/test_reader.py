@@ -137,6 +137,10 @@ def test_names_and_words_count_in_the_document_and_in_the_sentence_with_the_evid
     )
     [(_, features)] = look(engine, [talk])
     assert features[0, 2:7].tolist() == [1, 2 / 2, 0, 1 / 2, 5.0] and np.isnan(features[0, 7])  # no name in the title
+    talk["messages"][0]["documents"][0]["title"] = (
+        "Freedonia - Borders"  # the first of its two names is in the question
+    )
+    assert look(engine, [talk])[0][1][0, 7] == 1 / 2
     engine.model.evidence = SimpleNamespace(find=lambda asked: [None] * len(asked))
     [(_, features)] = look(engine, [talk])
     assert features[0, 2:4].tolist() == [1, 1] and np.isnan(features[0, 4:]).all()
@@ -229,6 +233,17 @@ def test_who_leads_to_the_answer_speaks_for_two_documents():
     assert answer_together(engine, [talk], max_tokens=9) == answer_each(engine, [talk], max_tokens=9)[0] == ["Dan. [1]"]
     engine.model.confidence["bias"], shape["bias"] = -5.5, -1.5
     assert answer_together(engine, [talk], max_tokens=9) == [ABSTENTION]
+
+
+def test_a_lone_document_is_weighed_alone_and_one_without_a_title_too():
+    engine, pair = make_engine(sequence_len=256), by_similarity(bias=9.0)
+    engine.model.evidence = Finder("Rill", "two")
+    alone = by_similarity(bias=-1.0) | {"words": [0.0, 0.0, -1.0]}
+    engine.model.confidence = alone | {"together": {k: v for k, v in pair.items() if k not in ("words", "together")}}
+    talk, both = conversation("River?", "the Rill"), conversation("River?", "the Rill", "two")
+    for doc in (talk["messages"][0]["documents"] + both["messages"][0]["documents"])[:2]:
+        doc["title"] = None
+    assert answer_together(engine, [talk, both], max_tokens=9) == [ABSTENTION, "Rill. [1]"]
 
 
 def test_more_words_are_right_than_wrong_from_there_on():
@@ -360,6 +375,11 @@ def test_among_many_documents_about_the_thing_asked_one_has_to_be_more_convincin
     assert refused(flat, 1) - refused(flat, 5) > 0.1  # one bar is too high here and too low there
     alone = documents(1, 0)[0][:1]
     assert confidence(alone, fitted) == confidence(alone, fitted | {"rivals": 9.0})
+    some = documents(5, 0)[0] * np.where(np.arange(FEATURES) == 2, 0.5, 1)  # of each half of the names
+    assert (confidence(some, fitted) == confidence(some, fitted | {"rivals": 9.0})).all()
+    assert fit_confidence(known, unknown, 0.86, count_rivals=False)["rivals"] == 0
+    fewer = [np.where(np.arange(FEATURES) == 6, f - 3 * f[:, 2:3].sum(), f) for f in unknown]  # the more, the worse
+    assert fit_confidence(known, fewer, 0.86)["rivals"] == 0
 
 
 @pytest.mark.parametrize(

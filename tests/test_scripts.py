@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from nanochat.checkpoint_manager import find_checkpoint, load_model
@@ -269,7 +270,7 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
         return [], [len(asked)], []
 
     monkeypatch.setattr(rag_eval, "calibration_features", found)
-    monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a: {"in_vain": a[1], "abstain": a[2]})
+    monkeypatch.setattr(rag_eval, "fit_confidence", lambda *a, **k: {"in_vain": a[1], "abstain": a[2]} | k)
     monkeypatch.setattr(rag_eval, "fit_words", lambda *a: [1.0, 2.0, 3.0])
     model = SimpleNamespace(evidence=None, confidence={"weights": [0.0]})
     engine = SimpleNamespace(model=model, prompt=None, room=lambda n: n, complete_batch=lambda *a, **k: [])
@@ -279,7 +280,11 @@ def test_questions_to_calibrate_with_are_asked_of_the_knowledge_base_beside_them
     manager = RetrievalManager("bm25", world.kb)
     fitted = rag_eval.calibrate(engine, manager, config, set())
     assert fitted == {"in_vain": [1, 2], "abstain": config.abstain, "words": [1.0, 2.0, 3.0], "together": None}
-    assert asked == [
+    mask, seen = np.array([True]), [np.zeros((1, FEATURES)), np.ones((1, FEATURES))]
+    monkeypatch.setattr(rag_eval, "features_together", lambda *a: [(seen[0], mask, True), (seen[1], mask, False)])
+    two = rag_eval.calibrate(engine, manager, config, set())["together"]
+    assert two == {"in_vain": seen[1:] * 2, "abstain": config.abstain_together, "count_rivals": False}
+    assert asked[:2] == [
         (manager.path, len(load_queries(f"{world.queries}/val.jsonl"))),
         (world.home / "own" / "knowledge_base", 4),
     ]
@@ -289,10 +294,12 @@ def test_of_two_documents_calibration_learns_which_two_a_question_takes(tmp_path
     invented = make_world("val", 12)
     build_kb([Document.from_dict(doc) for doc in invented.documents.values()], tmp_path / "kb", "bm25")
     bridges = {r["query"]: r for r in invented.queries if r.get("bridge_relation") != "compare"}
+    said = {}  # instead of the answer
 
     def one(question, docs):
         told = [n for n, doc in enumerate(docs) if (bridges[question].get("bridge") or " ") in doc["title"]]
-        return Evidence(bridges[question]["answer"], told[0], docs[told[0]]["content"], -0.1, 5.0) if told else None
+        words = said.get("instead", bridges[question]["answer"])
+        return Evidence(words, told[0], docs[told[0]]["content"], -0.1, 5.0) if told else None
 
     finder = SimpleNamespace(find=lambda asked: [one(*each) for each in asked])
     engine = SimpleNamespace(model=SimpleNamespace(evidence=finder))
@@ -301,6 +308,12 @@ def test_of_two_documents_calibration_learns_which_two_a_question_takes(tmp_path
     assert [whole for *_, whole in seen] == [True, False] * 4 + [False] * 4
     assert all(f.shape == (10, FEATURES) and len(mask) == 10 for f, mask, _ in seen)
     assert all(mask.sum() == whole for _, mask, whole in seen)  # the two that it takes, if they are there
+    said["instead"] = "nothing of the kind"
+    assert not any(
+        mask.any() for _, mask, _ in rag_eval.features_together(engine, manager, config, [*bridges.values()])
+    )
+    one_is_enough = [r | {"positive_ids": r["positive_ids"][:1]} for r in bridges.values()]
+    assert len(rag_eval.features_together(engine, manager, config, one_is_enough)) == 4  # of single-hop questions
     engine.model.evidence = None
     assert rag_eval.features_together(engine, manager, config, list(bridges.values())) == []
 
