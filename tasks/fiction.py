@@ -173,7 +173,8 @@ class Maker(Names):
     def ask(self, id: str, relation: Relation, c: str, answer: Value | None, docs: Sequence[str] = (), **more) -> dict:
         """A question row about what is called `c`; without an answer the right one is to abstain."""
         rng, held = self.rng, self.held()
-        seen, kept = relation.asks.seen, relation.asks.held if held else []
+        seen = relation.asks.seen + (relation.asks.more if self.split == "train" else [])
+        kept = relation.asks.held if held else []
         if "bridge" in more:  # "the founder of the Palune's birthplace" would be read otherwise
             seen, kept = ([q for q in asks if "{c}'s" not in q] for asks in (seen, kept))
         order = [*rng.sample(kept, bool(kept)), *dict.fromkeys(rng.sample(seen, len(seen)))][:4]

@@ -1,7 +1,8 @@
 """What the invented world is made of: the tables of data/fiction, names that nobody has, values of facts.
 
 The tables hold every sentence and question, kinds of entity and kinds of fact; their first lines say how they are read.
-Where a table has wordings, those of all splits stand before a #, those that training never sees behind it.
+Where a table has wordings, those of all splits stand before a #, those that training never sees behind it, and behind
+a second one those that only training sees: what a reader met in few wordings it doesn't know in another.
 """
 
 import random
@@ -20,14 +21,15 @@ UNITS = {"km": "kilometers", "m": "meters", "kg": "kilograms", "cm": "centimeter
 
 @dataclass
 class Wordings:
-    """Ways to say one thing: those of all splits, and those that training never sees."""
+    """Ways to say one thing: those of all splits, those that training never sees, and those that only training sees."""
 
     seen: list[str]
     held: list[str]
+    more: list[str]
 
     @classmethod
     def read(cls, text: str) -> "Wordings":
-        return cls(*([w for w in part.split(" / ") if w] for part in (text + " # ").split(" # ")[:2]))
+        return cls(*([w for w in part.split(" / ") if w] for part in (text + " #  # ").split(" # ")[:3]))
 
     def __call__(self, held: bool) -> list[str]:
         return self.held if held else self.seen
@@ -56,7 +58,7 @@ class Relation:
             [q.replace("{np}", np).replace("What is", f"What {are}") for q in qs] for qs in (frames.seen, frames.held)
         ]
         told.seen = told.seen * 2 + [f"{{C's}} {np} {{{are}}} {{v}}"]
-        asks = Wordings(own.seen * 3 + filled[0], own.held * 3 + filled[1])
+        asks = Wordings(own.seen * 3 + filled[0], own.held * 3 + filled[1], own.more * 3)
         return cls(name.rstrip("~"), values, np, told, asks, bridge or f"the {np} of {{c}}", name[-1] == "~", compare)
 
 

@@ -146,7 +146,10 @@ def test_wordings_kept_for_evaluation_never_occur_in_training():
     assert not any("wording" in row for row in [*WORLDS["train"].queries, *WORLDS["train"].documents.values()])
     ours = {q for r in RELATIONS.values() for q in r.asks.held} | set(PHRASES["ask"].held + PHRASES["who"].held)
     assert not ours & set(FRAMES)  # a wording that RAGTask makes up for training
-    asked = " ".join(q for r in RELATIONS.values() for q in r.asks.seen)
+    extra = {q.replace("{c}", "_") for r in RELATIONS.values() for q in r.asks.more}
+    asked = {split: {shape(r["query"], r) for r in WORLDS[split].queries} for split in SPLITS}
+    assert len(asked["train"] & extra) > 50 and not (asked["val"] | asked["test"]) & extra
+    asked = " ".join(q for r in RELATIONS.values() for q in r.asks.seen + r.asks.more)
     assert "What do the documents give" not in asked and "Please look up" not in asked  # kept by the factbook
 
 
@@ -160,6 +163,7 @@ def test_the_tables_have_wordings_enough():
     for r in RELATIONS.values():
         assert any(r.name in kind.relations for kind in KINDS.values()), f"no kind has {r.name}"
         assert len(set(r.asks.seen)) >= 4 and len(set(r.says.seen)) >= 3 and r.asks.held and r.says.held, r.name
+        assert len({*r.asks.more} - {*r.asks.seen, *r.asks.held}) == 3 and all("{c}" in q for q in r.asks.more), r.name
         assert not set(r.asks.seen) & set(r.asks.held) and not set(r.says.seen) & set(r.says.held)
         assert all("{c}" in q for q in r.asks.seen + r.asks.held) and all("{v}" in s for s in r.says.seen + r.says.held)
         assert all(any("{c" not in s.lower() for s in says) for says in (r.says.seen, r.says.held)), r.name
