@@ -42,7 +42,7 @@ class Config(TrainConfig):
     pointer_lr: float = 2e-4  # learning rate of the rest (AdamW)
     warmup_ratio: float = 0.05  # share of the run in which the learning rate rises linearly from 0
     warmdown_ratio: float = 0.9  # share of the run in which it falls linearly, at the end
-    fiction_share: float = 0.42  # share of contexts from an invented world (tasks/fiction.py)
+    fiction_share: float = 0.36  # share of contexts from an invented world (tasks/fiction.py)
     handbook_share: float = 0.32  # share of contexts from handbooks (tasks/handbooks.py)
     two_hop_share: float = 0.16  # share of all contexts that hold two documents, of which the question takes both
     pair_share: float = 0.04  # share of all contexts that hold two documents, whatever is asked
