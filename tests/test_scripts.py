@@ -92,7 +92,7 @@ def world(tmp_path_factory):
         prepare_rag_dataset.main(prepare_rag_dataset.Config(mode="example", output=str(home / "rag"), type="bm25"))
         w.found["rag_finetune"] = rag_finetune.main(configure(
             rag_finetune, knowledge_base=w.kb, block_pattern="M,T", retriever_type="bm25", top_k=3, sequence_len=384,
-            num_iterations=12, eval_every=0, val_examples=3,
+            num_iterations=24, eval_every=0, val_examples=3,
         ))  # fmt: skip
         w.found["evidence_train"] = evidence_train.main(configure(
             evidence_train, knowledge_base=w.kb, model_tag="d2", device_batch_size=4, num_iterations=3,
@@ -137,7 +137,7 @@ def curve(world, source, tag="d2"):
 # What every stage leaves behind
 
 
-@pytest.mark.parametrize(("source", "steps"), [("base", 25), ("mid", 6), ("sft", 24), ("rag", 12)])
+@pytest.mark.parametrize(("source", "steps"), [("base", 25), ("mid", 6), ("sft", 24), ("rag", 24)])
 def test_a_stage_leaves_a_checkpoint_that_loads_and_its_metrics(world, source, steps):
     run_folder = world.base / "checkpoints" / source / "d2"
     assert {p.name for p in run_folder.iterdir()} == {"metrics.jsonl", f"step_{steps:06d}"}
