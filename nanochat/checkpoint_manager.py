@@ -40,6 +40,7 @@ from nanochat.common import (
     versions,
 )
 from nanochat.gpt import GPT, GPTConfig, config_dict
+from nanochat.reader import FEATURES
 from nanochat.tokenizer import Tokenizer
 
 SOURCES = ("base", "mid", "sft", "rag", "evidence", "refrag", "self_rag", "gate", "z_read")
@@ -318,7 +319,7 @@ def check_confidence(fitted: Any) -> dict | None:
     if fitted is None:
         return None
     if isinstance(fitted, dict) and (
-        len(fitted.get("weights", ())) != 8 or not fitted.keys() >= {"rivals", "together"}
+        len(fitted.get("weights", ())) != FEATURES or not fitted.keys() >= {"rivals", "together"}
     ):
         print0(
             "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
@@ -334,8 +335,8 @@ def check_confidence(fitted: Any) -> dict | None:
 def _check_weights(fitted: dict) -> dict:
     """What `reader.fit_confidence` gives."""
     out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {8} or 0 in out["scale"]:
-        raise ValueError("confidence needs eight numbers of each kind")
+    if {len(v) for v in out.values()} != {FEATURES} or 0 in out["scale"]:
+        raise ValueError(f"confidence needs {FEATURES} numbers of each kind")
     return out | {name: float(fitted[name]) for name in ("usual", "bias", "rivals", "beside")}
 
 

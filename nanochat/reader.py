@@ -36,13 +36,8 @@ if TYPE_CHECKING:
 
 ALONE, TOGETHER = 2, 3  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
-FEATURES = 8  # of a document or of two read as one text: what `look` and `look_together` give, of which these are
-MODEL, LIKENESS, NAMES, ODDS = (
-    0,
-    1,
-    2,
-    6,
-)  # the language model's odds, similarity, names of the question, evidence's odds
+FEATURES = 9  # of a document or of two read as one text: what `look` and `look_together` give, of which these are
+MODEL, LIKENESS, NAMES, ODDS = 0, 1, 2, 6  # the language model's, similarity, names of the question, evidence's odds
 FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
@@ -65,10 +60,10 @@ def look(
     document alone (abstains in all words: other answers begin with an "I", too; nan where calibration gave them no
     weight); the document's similarity to the query (nan where the retriever gave none); the shares of the question's
     names and of its words that the document has (`shared_words`), and that its title and the sentence with the evidence
-    have; the evidence reader's odds; and the share of its title's names that the question has (these four are nan
-    without an evidence reader; the last tells little of one document, but much of two). Its place among the others
-    doesn't count. `known` remembers from call to call what models said. A view has as its "evidence" what was found in
-    its document.
+    have; the evidence reader's odds; the share of its title's names that the question has (these four are nan without
+    an evidence reader; the last of them tells little of one document, but much of two); and 1 if it has all of the
+    question's names, else 0. Its place among the others doesn't count. `known` remembers from call to call what models
+    said. A view has as its "evidence" what was found in its document.
     """
     known = {} if known is None else known
     fitted = engine.model.confidence
@@ -99,8 +94,8 @@ def look_together(
     text, and what speaks for it. Of a document the `TOGETHER` closest sentences are read.
 
     What speaks for it are `look`'s features (texts, FEATURES) but for the first two, which are nan. The shares are of
-    what either document has in the sentences that are read, and the last is how much of the names in the answering
-    document's title the question or the other one has: who is asked about leads to who answers.
+    what either document has in the sentences that are read, and of the names in the answering document's title it is
+    told how many the question or the other one has: who is asked about leads to who answers.
     """
     asked = []
     for c in conversations:
@@ -118,13 +113,14 @@ def look_together(
 def _speaks(question: str, docs: Sequence[dict], evidence: "Evidence | None") -> tuple[float, ...]:
     """`look`'s features of documents read as one text, but for the first two."""
     held = shared_words(question, *docs)
+    all_names = math.nan if math.isnan(held[0]) else float(held[0] >= 1)
     if evidence is None:
-        return (*held, math.nan, math.nan, math.nan, math.nan)
+        return (*held, math.nan, math.nan, math.nan, math.nan, all_names)
     doc = docs[evidence.document]
     near = shared_words(question, {**doc, "content": evidence.sentence})
     others = [_told(other) for n, other in enumerate(docs) if n != evidence.document]
     linked = _share(names_in(f"{doc.get('title') or ''}", 0), set(tokenize(_plain(question))).union(*others))
-    return (*held, *near, evidence.odds, linked)
+    return (*held, *near, evidence.odds, linked, all_names)
 
 
 def asks(conversation: dict) -> str:
@@ -382,9 +378,11 @@ def fit_confidence(
     """Weights for `confidence` from validation questions, each with its documents' features.
 
     A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others; a weight of the language model below `FAINT` is none. The bias, and what is taken off for
-    `_rivals`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile regression;
-    without `count_rivals`, where features are of two documents and don't say how many have the names, just a quantile).
+    documents from all others, knowing how many `_rivals` there are: that fewer are right where there are more isn't put
+    down to what those look like. A weight of the language model below `FAINT` is none. The bias, and what is taken off
+    for `_rivals`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile
+    regression; without `count_rivals`, where features are of two documents and don't say how many have the names, just
+    a quantile).
     `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
     wrong document that has it.
     """
@@ -400,8 +398,9 @@ def fit_confidence(
     mean = np.where(known, x, 0).sum(0) / count
     spread = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / count)
     scale = np.where(spread > 0, spread, 1.0)
-    model = LogisticRegression().fit(np.nan_to_num((x - mean) / scale), y)
-    weights = model.coef_[0]
+    crowd = np.concatenate([np.full(len(f), _rivals(f) * count_rivals) for f in seen])
+    model = LogisticRegression().fit(np.c_[np.nan_to_num((x - mean) / scale), crowd], y)
+    weights = model.coef_[0][:-1]
     weights[MODEL] *= weights[MODEL] >= FAINT  # one that is negative is chance
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "usual": usual}
     fitted |= {"bias": 0.0, "rivals": 0.0}

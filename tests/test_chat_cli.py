@@ -13,7 +13,7 @@ from nanochat.documents import Document
 from nanochat.engine import Completion, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag_utils import ABSTENTION
-from nanochat.reader import answer_each
+from nanochat.reader import FEATURES, answer_each
 from nanochat.retrieval import build_kb
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import chat_cli
@@ -92,7 +92,7 @@ def test_of_passages_that_disagree_the_newer_is_heard_first_and_the_other_one_to
 
     def load_sure(*args, **options):
         model, *rest = load(*args, **options)
-        model.confidence = {"mean": [0] * 8, "scale": [1] * 8, "weights": [0] * 8}
+        model.confidence = {"mean": [0] * FEATURES, "scale": [1] * FEATURES, "weights": [0] * FEATURES}
         model.confidence |= {
             "usual": 0.0,
             "bias": 1.0,

@@ -32,9 +32,14 @@ from nanochat.reader import (
 )
 
 
+def only(feature, weight=1.0):
+    """Weights of which one isn't 0."""
+    return [weight * (n == feature) for n in range(FEATURES)]
+
+
 def by_similarity(bias: float = 0.0, beside: float = 0.2) -> dict:
     """A confidence that is a document's similarity above the others'."""
-    shape = {"mean": [0.0] * FEATURES, "scale": [1.0] * FEATURES, "weights": [0.0, 1.0] + [0.0] * (FEATURES - 2)}
+    shape = {"mean": [0.0] * FEATURES, "scale": [1.0] * FEATURES, "weights": only(1)}
     return shape | {
         "usual": 0.0,
         "bias": bias,
@@ -125,7 +130,7 @@ def test_what_an_evidence_reader_finds_counts_and_goes_with_its_document():
     assert features[:, 6].tolist() == [5.0] * 3
     look(engine, [talk], known=known)
     assert len(engine.model.evidence.asked) == 3  # read once
-    engine.model.confidence = by_similarity(bias=1.0) | {"weights": [0] * 6 + [1.0, 0], "words": [0.0, 0.0, -1.0]}
+    engine.model.confidence = by_similarity(bias=1.0) | {"weights": only(6), "words": [0.0, 0.0, -1.0]}
     assert answer_each(engine, [talk], max_tokens=9)[0] == ["one. [1] Or, by another document: two. [2]"]
 
 
@@ -143,7 +148,10 @@ def test_names_and_words_count_in_the_document_and_in_the_sentence_with_the_evid
     assert look(engine, [talk])[0][1][0, 7] == 1 / 2
     engine.model.evidence = SimpleNamespace(find=lambda asked: [None] * len(asked))
     [(_, features)] = look(engine, [talk])
-    assert features[0, 2:4].tolist() == [1, 1] and np.isnan(features[0, 4:]).all()
+    assert features[0, 2:4].tolist() == [1, 1] and np.isnan(features[0, 4:8]).all() and features[0, 8] == 1
+    for question, every in (("How long is the border of Freedonia with Sylvania?", 0), ("how long is it?", math.nan)):
+        talk["messages"][-1]["content"] = question
+        assert look(engine, [talk])[0][1][0, 8] == pytest.approx(every, nan_ok=True)  # has it all the names?
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -224,9 +232,9 @@ def test_who_leads_to_the_answer_speaks_for_two_documents():
     # odds and similarity of pairs aren't known; "oldtown" of the question's names; river, oldtown, country; ...
     assert np.isnan(features[:, :2]).all() and features[:, 2].tolist() == [1, 0, 1]
     assert features[:, 3] == pytest.approx([1 / 3, 0, 1 / 3])
-    assert features[:, 4:].tolist() == [[0, 0, 5.0, 0], [0, 0, 5.0, 0], [0, 0, 5.0, 1]]  # Oldtown tells of Freedonia
-    shape = by_similarity() | {"weights": [0] * 7 + [1.0], "bias": -0.5}
-    alone = by_similarity() | {"weights": [0] * 6 + [1.0, 0], "words": [0.0, 0.0, -1.0]}
+    assert features[:, 4:].tolist() == [[0, 0, 5.0, 0, 1], [0, 0, 5.0, 0, 0], [0, 0, 5.0, 1, 1]]  # Oldtown tells
+    shape = by_similarity() | {"weights": only(7), "bias": -0.5}
+    alone = by_similarity() | {"weights": only(6), "words": [0.0, 0.0, -1.0]}
     engine.model.confidence = alone | {"bias": -4.9, "beside": 9.0, "together": shape}  # of one alone: 0.1, of two 0.5
     assert answer_together(engine, [talk], max_tokens=9) == ["Rill. [2][3]"]
     engine.model.confidence["bias"] = -4.0  # of one alone: 1
@@ -305,7 +313,7 @@ def test_what_the_retriever_thinks_may_decide():
         doc["similarity"] = similarity
     [(_, features)] = look(engine, [talk])
     assert features[:, 1] == pytest.approx([0.1, math.nan, 0.9], nan_ok=True)
-    by = lambda weight: by_similarity(beside=9) | {"weights": [0, weight] + [0] * (FEATURES - 2)}
+    by = lambda weight: by_similarity(beside=9) | {"weights": only(1, weight)}
     assert confidence(features, by(1)) == pytest.approx([0.1 - 0.9 / 1.5, 0, 0.9 - 0.1 / 1.5])  # unknown is average
     assert confidence(features[:1], by(1) | {"usual": 0.3}) == pytest.approx([0.1 - 0.3])  # alone
     for weight, number in ((1, 3), (-1, 1)):
@@ -380,6 +388,22 @@ def test_among_many_documents_about_the_thing_asked_one_has_to_be_more_convincin
     assert fit_confidence(known, unknown, 0.86, count_rivals=False)["rivals"] == 0
     fewer = [np.where(np.arange(FEATURES) == 6, f - 3 * f[:, 2:3].sum(), f) for f in unknown]  # the more, the worse
     assert fit_confidence(known, fewer, 0.86)["rivals"] == 0
+
+
+def test_how_many_rivals_there_are_is_not_put_down_to_what_rivals_look_like():
+    rng = np.random.default_rng(2)
+
+    def documents(n, gold):
+        """All have the names; where they are many the fifth feature is high, and tells none of them from another."""
+        rows, mask = np.full((n, FEATURES), math.nan), np.arange(n) == gold
+        rows[:, 2], rows[:, 6] = 1, rng.normal(size=n) + 3 * mask
+        rows[:, 4] = (n > 1) + rng.normal(size=n) / 9
+        return rows, mask
+
+    known = [documents(n, 0) for n in (1, 5) * 150]
+    unknown = [documents(5, -1)[0] for _ in range(600)]
+    weights = lambda **how: np.array(fit_confidence(known, unknown, 0.86, **how)["weights"])
+    assert abs(weights()[4]) < 0.5 * abs(weights(count_rivals=False)[4])
 
 
 @pytest.mark.parametrize(
