@@ -125,7 +125,7 @@ class Config:
     contradictions: str = ""  # documents that disagree: a .jsonl file; empty: contradictions.jsonl beside the questions
     calibrate: str = ""  # validation questions, .jsonl files, to learn from when to abstain; kept with the checkpoint
     evidence: str = ""  # evidence reader to calibrate with, by its tag; empty: the model's tag; none: without
-    abstain: float = 0.88  # share of the validation questions without their document that calibration abstains from
+    abstain: float = 0.9  # share of the validation questions without their document that calibration abstains from
     abstain_together: float = 0.6  # in which share of them no two documents answer; one alone still may
     retriever_type: str = ""  # simple, bm25, dense or hybrid; empty: what the knowledge base was built for
     top_k: int = 5  # documents shown
