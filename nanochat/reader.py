@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ALONE, TOGETHER = 2, 3  # sentences that are read of a document, the closest ones (docs/LOG.md has others)
 BESIDE = 0.95  # share of answerable questions in which no wrong document may speak beside the right one
-FEATURES = 9  # of a document or of two read as one text: what `look` and `look_together` give, of which these are
+FEATURES = 10  # of a document or of two read as one text: what `look` and `look_together` give, of which these are
 MODEL, LIKENESS, NAMES, ODDS = 0, 1, 2, 6  # the language model's, similarity, names of the question, evidence's odds
 FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes
 COMMON = set(  # words of questions that say nothing about who answers them
@@ -61,9 +61,10 @@ def look(
     weight); the document's similarity to the query (nan where the retriever gave none); the shares of the question's
     names and of its words that the document has (`shared_words`), and that its title and the sentence with the evidence
     have; the evidence reader's odds; the share of its title's names that the question has (these four are nan without
-    an evidence reader; the last of them tells little of one document, but much of two); and 1 if it has all of the
-    question's names, else 0. Its place among the others doesn't count. `known` remembers from call to call what models
-    said. A view has as its "evidence" what was found in its document.
+    an evidence reader; the last of them tells little of one document, but much of two); 1 if it has all of the
+    question's names, else 0; and the evidence reader's odds when it reads only the `TOGETHER` closest sentences, the
+    one with the evidence among them: a second look. Its place among the others doesn't count. `known` remembers from
+    call to call what models said. A view has as its "evidence" what was found in its document.
     """
     known = {} if known is None else known
     fitted = engine.model.confidence
@@ -71,6 +72,8 @@ def look(
     said = iter(point(engine, [one for each in asked for one in each], known))
     found = [[next(said) for _ in each] for each in asked]
     views = [one_document_each(c, told) for c, told in zip(conversations, found)]
+    closer = [one_document_each(c, told, TOGETHER) for c, told in zip(conversations, found)]
+    again = iter(point(engine, [(asks(view), _documents(view)) for each in closer for view in each], known))
     counts = fitted is None or fitted["weights"][MODEL]
     prompts = [engine.prompt(view, max_tokens) for v in views for view in v] if counts else []
     keys = [np.array(ids).tobytes() for ids in prompts]
@@ -82,7 +85,7 @@ def look(
         rows = []
         for (question, docs), evidence in zip(pairs, told):
             likeness = math.nan if docs[0].get("similarity") is None else docs[0]["similarity"]
-            rows.append((next(odds, math.nan), likeness, *_speaks(question, docs, evidence)))
+            rows.append((next(odds, math.nan), likeness, *_speaks(question, docs, evidence), _odds(next(again))))
         out.append((v, np.array(rows).reshape(-1, FEATURES)))
     return out
 
@@ -93,9 +96,9 @@ def look_together(
     """Every two documents of each conversation (a lone one alone), what the evidence reader finds in them read as one
     text, and what speaks for it. Of a document the `TOGETHER` closest sentences are read.
 
-    What speaks for it are `look`'s features (texts, FEATURES) but for the first two, which are nan. The shares are of
-    what either document has in the sentences that are read, and of the names in the answering document's title it is
-    told how many the question or the other one has: who is asked about leads to who answers.
+    What speaks for it are `look`'s features (texts, FEATURES) but for the first two and the last, which are nan. The
+    shares are of what either document has in the sentences that are read, and of the names in the answering document's
+    title it is told how many the question or the other one has: who is asked about leads to who answers.
     """
     asked = []
     for c in conversations:
@@ -105,13 +108,17 @@ def look_together(
     out = []
     for each in asked:
         found = [next(told) for _ in each]
-        rows = [(math.nan, math.nan, *_speaks(question, docs, e)) for (question, docs), e in zip(each, found)]
+        rows = [(math.nan, math.nan, *_speaks(question, docs, e), math.nan) for (question, docs), e in zip(each, found)]
         out.append(([docs for _, docs in each], found, np.array(rows)))
     return out
 
 
+def _odds(evidence: "Evidence | None") -> float:
+    return math.nan if evidence is None else evidence.odds
+
+
 def _speaks(question: str, docs: Sequence[dict], evidence: "Evidence | None") -> tuple[float, ...]:
-    """`look`'s features of documents read as one text, but for the first two."""
+    """`look`'s features of documents read as one text, but for the first two and the last."""
     held = shared_words(question, *docs)
     all_names = math.nan if math.isnan(held[0]) else float(held[0] >= 1)
     if evidence is None:

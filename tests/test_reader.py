@@ -154,6 +154,24 @@ def test_names_and_words_count_in_the_document_and_in_the_sentence_with_the_evid
         assert look(engine, [talk])[0][1][0, 8] == pytest.approx(every, nan_ok=True)  # has it all the names?
 
 
+def test_the_closest_sentences_are_looked_at_a_second_time():
+    engine, shown = make_engine(sequence_len=256), []
+
+    class Counter(Finder):  # the more it reads, the less sure it is
+        def one(self, docs):
+            shown.append(docs[0]["content"])
+            return Evidence("five", 0, "It is five.", -0.1, -float(len(docs[0]["content"])))
+
+    engine.model.evidence = Counter()
+    text = "It is one. It is two. It is three. It is four. It is five."
+    talk = conversation("How many?", text, "It is five.")
+    talk["messages"][0]["documents"][0]["closest"] = ["It is three.", "It is one.", "It is two.", "It is four."]
+    [(_, features)] = look(engine, [talk])
+    near = "It is one. It is three. It is five."
+    assert shown == [text, "It is five.", near]  # what has no closest sentences is the same again
+    assert features[:, [6, 9]].tolist() == [[-len(text), -len(near)], [-len("It is five.")] * 2]
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_the_language_model_is_asked_only_where_its_vote_counts(weight, monkeypatch):
     engine, scored = make_engine(sequence_len=256), []
@@ -232,7 +250,8 @@ def test_who_leads_to_the_answer_speaks_for_two_documents():
     # odds and similarity of pairs aren't known; "oldtown" of the question's names; river, oldtown, country; ...
     assert np.isnan(features[:, :2]).all() and features[:, 2].tolist() == [1, 0, 1]
     assert features[:, 3] == pytest.approx([1 / 3, 0, 1 / 3])
-    assert features[:, 4:].tolist() == [[0, 0, 5.0, 0, 1], [0, 0, 5.0, 0, 0], [0, 0, 5.0, 1, 1]]  # Oldtown tells
+    assert np.isnan(features[:, 9]).all()  # they aren't looked at twice
+    assert features[:, 4:9].tolist() == [[0, 0, 5.0, 0, 1], [0, 0, 5.0, 0, 0], [0, 0, 5.0, 1, 1]]  # Oldtown tells
     shape = by_similarity() | {"weights": only(7), "bias": -0.5}
     alone = by_similarity() | {"weights": only(6), "words": [0.0, 0.0, -1.0]}
     engine.model.confidence = alone | {"bias": -4.9, "beside": 9.0, "together": shape}  # of one alone: 0.1, of two 0.5
