@@ -40,7 +40,6 @@ from nanochat.common import (
     versions,
 )
 from nanochat.gpt import GPT, GPTConfig, config_dict
-from nanochat.reader import FEATURES
 from nanochat.tokenizer import Tokenizer
 
 SOURCES = ("base", "mid", "sft", "rag", "evidence", "refrag", "self_rag", "gate", "z_read")
@@ -311,35 +310,6 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str 
     model.load_state_dict(weights)
 
 
-def check_confidence(fitted: Any) -> dict | None:
-    """meta.json's "confidence" (scripts.rag_eval's `calibrate`), or None, also where it is an older version's.
-
-    Raises KeyError, TypeError or ValueError for what no version has written.
-    """
-    if fitted is None:
-        return None
-    if isinstance(fitted, dict) and (
-        len(fitted.get("weights", ())) != FEATURES or not fitted.keys() >= {"rivals", "together"}
-    ):
-        print0(
-            "this checkpoint's confidence is an older version's and isn't used: run scripts.rag_eval --calibrate again"
-        )
-        return None
-    words = [float(v) for v in fitted["words"]]
-    if len(words) != 3:
-        raise ValueError("confidence needs three numbers for words")
-    together = None if fitted["together"] is None else _check_weights(fitted["together"])
-    return _check_weights(fitted) | {"words": words, "together": together}
-
-
-def _check_weights(fitted: dict) -> dict:
-    """What `reader.fit_confidence` gives."""
-    out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
-    if {len(v) for v in out.values()} != {FEATURES} or 0 in out["scale"]:
-        raise ValueError(f"confidence needs {FEATURES} numbers of each kind")
-    return out | {name: float(fitted[name]) for name in ("usual", "bias", "rivals", "beside")}
-
-
 def load_model(
     source: str,
     device: str | torch.device = "cpu",
@@ -360,6 +330,8 @@ def load_model(
     weights, meta = load_checkpoint(path)
     if meta.get("source") == "evidence":
         raise UserError(f"{path} is an evidence reader, not a language model; give the source rag")
+    from nanochat.reader import check_confidence  # training needs neither it nor the engine
+
     tokenizer = Tokenizer.load(path)
     try:
         config = GPTConfig(**meta["model_config"])

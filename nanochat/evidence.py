@@ -143,7 +143,7 @@ def shown_text(docs: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
     text, places = "", []
     for doc in docs:
         start = len(text)
-        text += valid_unicode(f"{doc.get('title', '')}. {' '.join(doc['content'].split())}")
+        text += valid_unicode(f"{doc.get('title') or ''}. {' '.join(doc['content'].split())}")
         places.append((start, len(text)))
         text += "\n"
     return text, places

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanochat.common import print0
 from nanochat.documents import tokenize
 from nanochat.engine import Engine
 from nanochat.passages import sentences
@@ -174,7 +175,7 @@ def _plain(question: str) -> str:
 
 
 def _told(doc: dict) -> set[str]:
-    return set(tokenize(f"{doc.get('title', '')} {doc['content']}"))
+    return set(tokenize(f"{doc.get('title') or ''} {doc['content']}"))
 
 
 def focus(
@@ -419,6 +420,36 @@ def fit_confidence(
     bias = -float(np.quantile(best(), abstain))
     others = [confidence(f, fitted)[~mask].max() for f, mask in answerable if not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
+
+
+def check_confidence(fitted: object) -> dict | None:
+    """meta.json's "confidence" (scripts.rag_eval's `calibrate`), or None, also where it is an older version's.
+
+    Raises KeyError, TypeError or ValueError for what no version has written.
+    """
+    if fitted is None:
+        return None
+    if isinstance(fitted, dict) and (
+        len(fitted.get("weights", ())) != FEATURES or not fitted.keys() >= {"rivals", "together"}
+    ):
+        print0(
+            "this checkpoint's confidence is an older version's. Neither it nor the evidence reader is used, and "
+            "the language model answers alone, as if it were sure: run scripts.rag_eval --calibrate again"
+        )
+        return None
+    words = [float(v) for v in fitted["words"]]
+    if len(words) != 3:
+        raise ValueError("confidence needs three numbers for words")
+    together = None if fitted["together"] is None else _check_weights(fitted["together"])
+    return _check_weights(fitted) | {"words": words, "together": together}
+
+
+def _check_weights(fitted: dict) -> dict:
+    """What `fit_confidence` gives."""
+    out = {name: [float(v) for v in fitted[name]] for name in ("mean", "scale", "weights")}
+    if {len(v) for v in out.values()} != {FEATURES} or 0 in out["scale"]:
+        raise ValueError(f"confidence needs {FEATURES} numbers of each kind")
+    return out | {name: float(fitted[name]) for name in ("usual", "bias", "rivals", "beside")}
 
 
 def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> list[float]:

@@ -252,6 +252,12 @@ def main(config: Config) -> dict:
     if config.calibrate:
         model.evidence = evidence_reader(config, meta["tag"], d.device)
         model.confidence = calibrate(engine, manager, config, {r["id"] for r in rows})
+        if d.rank == 0:
+            settings_used = {"queries": config.calibrate, "retriever": manager.retriever_type, "top_k": config.top_k}
+            settings_used |= {"abstain": config.abstain, "abstain_together": config.abstain_together}
+            told = {"confidence": model.confidence, "calibrated": settings_used}
+            told["evidence"] = model.evidence and model.evidence.told
+            write_json(checkpoint / "meta.json", meta | told)
 
     # 4. Ask and judge
     table, log, known = {}, [], {}
@@ -293,12 +299,6 @@ def main(config: Config) -> dict:
         "block_pattern": model.config.block_pattern,
     }
     result = {"rows": table, "config": used, "versions": versions()}
-    if config.calibrate and d.rank == 0:
-        settings_used = {"queries": config.calibrate, "retriever": manager.retriever_type, "top_k": config.top_k}
-        settings_used |= {"abstain": config.abstain, "abstain_together": config.abstain_together}
-        told = {"confidence": model.confidence, "calibrated": settings_used}
-        told["evidence"] = model.evidence and model.evidence.told
-        write_json(checkpoint / "meta.json", meta | told)
     if config.output and d.rank == 0:
         write_json(config.output, result)
         write_jsonl(config.output.removesuffix(".json") + ".answers.jsonl", log)

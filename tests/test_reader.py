@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from test_engine import TOK, conversation, make_engine
 
-from nanochat.checkpoint_manager import check_confidence
 from nanochat.common import UserError
 from nanochat.documents import Document
 from nanochat.evidence import Evidence
@@ -20,6 +19,7 @@ from nanochat.reader import (
     answer_each,
     answer_together,
     answer_views,
+    check_confidence,
     confidence,
     fit_confidence,
     fit_words,
