@@ -378,26 +378,26 @@ def _beside_others(features: np.ndarray, usual: float) -> np.ndarray:
 
 
 def fit_confidence(
-    answerable: Sequence[tuple[np.ndarray, np.ndarray]],
-    unanswerable: Sequence[np.ndarray],
+    asked: Sequence[tuple[np.ndarray, np.ndarray]],
+    without: Sequence[np.ndarray],
     abstain: float,
     count_rivals: bool = True,
 ) -> dict:
     """Weights for `confidence` from validation questions, each with its documents' features.
 
-    A question that can be answered comes with a mask of the documents (n,) that do. A logistic regression tells these
-    documents from all others, knowing how many `_rivals` there are: that fewer are right where there are more isn't put
-    down to what those look like. A weight of the language model below `FAINT` is none. The bias, and what is taken off
-    for `_rivals`, are such that the share `abstain` of the unanswerable questions isn't answered (a quantile
-    regression; without `count_rivals`, where features are of two documents and don't say how many have the names, just
-    a quantile).
-    `beside` is the confidence that a further document needs to be heard: of the answerable questions, `BESIDE` have no
-    wrong document that has it.
+    A question that is `asked` comes with a mask of the documents (n,) that answer it; that may be none. A logistic
+    regression tells these documents from all others, knowing how many `_rivals` there are: that fewer are right where
+    there are more isn't put down to what those look like. A weight of the language model below `FAINT` is none. The
+    bias, and what is taken off for `_rivals`, are such that the share `abstain` of questions `without` the documents
+    that answer them isn't answered (a quantile regression; without `count_rivals`, where features are of two documents
+    and don't say how many have the names, just a quantile). What nothing ever answers doesn't count there: a bar for
+    passages about the very thing asked costs too many answers (docs/LOG.md). `beside` is the confidence that a further
+    document needs to be heard: of the questions that can be answered, `BESIDE` have no wrong document that has it.
     """
     from sklearn.linear_model import LogisticRegression, QuantileRegressor  # comes with sentence-transformers; slow
 
-    seen = [f for f, _ in answerable] + list(unanswerable)
-    y = np.concatenate([mask for _, mask in answerable] + [np.zeros(len(f), bool) for f in unanswerable])
+    seen = [f for f, _ in asked] + list(without)
+    y = np.concatenate([mask for _, mask in asked] + [np.zeros(len(f), bool) for f in without])
     likeness = np.concatenate(seen)[~y, LIKENESS]
     usual = 0.0 if np.isnan(likeness).all() else float(np.nanmean(likeness))
     x = np.concatenate([_beside_others(f, usual) for f in seen])
@@ -412,13 +412,13 @@ def fit_confidence(
     weights[MODEL] *= weights[MODEL] >= FAINT  # one that is negative is chance
     fitted = {"mean": mean.tolist(), "scale": scale.tolist(), "weights": weights.tolist(), "usual": usual}
     fitted |= {"bias": 0.0, "rivals": 0.0}
-    best = lambda: np.array([confidence(f, fitted).max() for f in unanswerable])
-    rivals = np.array([[_rivals(f)] for f in unanswerable])
+    best = lambda: np.array([confidence(f, fitted).max() for f in without])
+    rivals = np.array([[_rivals(f)] for f in without])
     if count_rivals and rivals.std() > 0:
         line = QuantileRegressor(quantile=min(max(abstain, 0.01), 0.99), alpha=0.0, solver="highs").fit(rivals, best())
         fitted["rivals"] = max(0.0, float(line.coef_[0]))
     bias = -float(np.quantile(best(), abstain))
-    others = [confidence(f, fitted)[~mask].max() for f, mask in answerable if not mask.all()]
+    others = [confidence(f, fitted)[~mask].max() for f, mask in asked if mask.any() and not mask.all()]
     return fitted | {"bias": bias, "beside": float(np.quantile(others, BESIDE)) + bias if others else 0.0}
 
 

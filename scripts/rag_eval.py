@@ -362,7 +362,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
 
     `judged` are the ids of the questions that are to be judged; none of them may be learned from.
     """
-    answerable, unanswerable, asked, together = [], [], [], []
+    asked, without, views, together = [], [], [], []
     engine.model.confidence = None  # an earlier calibration's may spare the model from being asked
     for path in map(str.strip, config.calibrate.split(",")):
         rows = load_queries(path)
@@ -373,16 +373,20 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         own = Path(path).parent.parent / "knowledge_base"
         other = (own / "kb.json").exists() and own.resolve() != Path(config.knowledge_base).resolve()
         of = RetrievalManager(manager.retriever_type, own, cached=True) if other else manager
-        there, gone, views = calibration_features(engine, of, config, rows, path)
-        answerable, unanswerable, asked = answerable + there, unanswerable + gone, asked + views
+        there, gone, read = calibration_features(engine, of, config, rows, path)
+        asked, without, views = asked + there, without + gone, views + read
         together += features_together(engine, of, config, rows)
-    fitted = fit_confidence(answerable, unanswerable, config.abstain)
+    fitted = fit_confidence(asked, without, config.abstain)
     # And with the documents that these weights choose, whose words are to be trusted
-    best = [views[confidence(f, fitted).argmax()] for (f, _), (_, views) in zip(answerable, asked)]
+    rows, best = [], []
+    for (features, mask), (row, each) in zip(asked, views):
+        if mask.any():
+            rows.append(row)
+            best.append(each[confidence(features, fitted).argmax()])
     engine.model.confidence = fitted  # from here on, abstaining is not the model's affair
     speak = lambda part: answer_views(engine, part, config.batch_size, config.max_tokens, progress=is_main())
     sure, better = [], []
-    for (answer, logprob), view, (row, _) in zip(over_ranks(speak, best), best, asked):
+    for (answer, logprob), view, row in zip(over_ranks(speak, best), best, rows):
         if evidence := view.get("evidence"):
             own, other = (answer_f1(text, row["answers"]) for text in (main_answer(answer), evidence["text"]))
             if own != other:
@@ -434,15 +438,18 @@ def features_together(
 def calibration_features(
     engine: Engine, manager: RetrievalManager, config: Config, rows: list[dict], path: str
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray], list[tuple[dict, list[dict]]]]:
-    """What `fit_confidence` takes, of 300 questions: with what the retriever finds, and without the gold documents.
+    """What `fit_confidence` takes: 300 questions with what the retriever finds, and 250 that nothing answers, though
+    passages may be about the very thing asked; and the 300 without their gold documents.
 
-    And of those with it, the question and its documents one by one.
+    And of each of the former, the question and its documents one by one.
     """
-    rows = [r for r in rows if r["type"] == "single"]
-    rows = random.Random(config.seed).sample(rows, min(config.max_examples, 300, len(rows)))
-    found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in rows])
+    rng, drawn = random.Random(config.seed), []
+    for kind, most in (("single", 300), ("unanswerable", 250)):
+        pool = [r for r in rows if r["type"] == kind]
+        drawn += rng.sample(pool, min(config.max_examples, most, len(pool)))
+    found = over_ranks(lambda part: manager.retrieve_batch(part, config.top_k + 10), [r["query"] for r in drawn])
     asked = []  # the question, all that is found, and of that what doesn't answer: one rank reads what both have once
-    for row, docs in zip(rows, found):
+    for row, docs in zip(drawn, found):
         asked.append((row, docs[: config.top_k], [doc for doc in docs if _is_distractor(doc, row)][: config.top_k]))
 
     def views(part: list[tuple[dict, list[Document], list[Document]]]) -> list:
@@ -453,12 +460,13 @@ def calibration_features(
 
     there, gone, read = [], [], []
     for (row, docs, others), ((shown, features), (_, without)) in zip(asked, over_ranks(views, asked)):
-        if any(_is_gold(doc, row) for doc in docs):
+        answered = any(_is_gold(doc, row) for doc in docs)
+        if answered or (docs and row["type"] == "unanswerable"):
             there.append((features, np.array([not _is_distractor(doc, row) for doc in docs])))
             read.append((row, shown))
-        if others:
+        if others and row["type"] == "single":
             gone.append(without)
-    if not there or not gone:
+    if not any(mask.any() for _, mask in there) or not gone:
         raise UserError(f"--calibrate {path}: no question of one hop finds its gold document, or nothing else")
     return there, gone, read
 

@@ -409,6 +409,26 @@ def test_among_many_documents_about_the_thing_asked_one_has_to_be_more_convincin
     assert fit_confidence(known, fewer, 0.86)["rivals"] == 0
 
 
+def test_what_nothing_answers_teaches_the_weights_but_sets_no_bar():
+    rng = np.random.default_rng(3)
+
+    def documents(odds, sentence, gold):
+        """Two: the first may be the right one; its evidence, and how much the sentence has of the question."""
+        rows = np.full((2, FEATURES), math.nan)
+        rows[:, 6], rows[:, 4] = rng.normal(size=2) + [odds, 0], rng.normal(size=2) + [sentence, 0]
+        return rows, np.arange(2) == gold
+
+    known = [documents(4, 2, 0) for _ in range(300)]
+    unknown = [documents(0, 0, -1)[0] for _ in range(300)]
+    never = [documents(4, 0, -1) for _ in range(300)]  # only the sentence tells
+    before, after = (fit_confidence(asked, unknown, 0.9) for asked in (known, known + never))
+    refused = lambda fitted, seen: np.mean([confidence(f, fitted).max() <= 0 for f in seen])
+    assert refused(before, unknown) == refused(after, unknown) == 0.9
+    assert refused(after, [f for f, _ in never]) > refused(before, [f for f, _ in never]) + 0.1
+    others = [confidence(f, after)[1] for f, _ in known]
+    assert np.mean(np.array(others) <= after["beside"]) == pytest.approx(0.95, abs=0.01)
+
+
 def test_how_many_rivals_there_are_is_not_put_down_to_what_rivals_look_like():
     rng = np.random.default_rng(2)
 
