@@ -176,7 +176,7 @@ class Engine:
             raise UserError(f"batch_size {batch_size}: at least 1 is needed")
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         done: list[Completion] = [Completion()] * len(prompts)
-        with tqdm(total=len(prompts), disable=not progress, unit="answer", leave=False) as bar:
+        with tqdm(total=len(prompts), disable=not (progress and prompts), unit="answer", leave=False) as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = [prompts[i] for i in rows]
@@ -307,7 +307,7 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out = [0.0] * len(prompts)
         target = torch.tensor(answer, device=self.device)
-        with tqdm(total=len(prompts), unit="document", disable=not progress, leave=False) as bar:
+        with tqdm(total=len(prompts), unit="document", disable=not (progress and prompts), leave=False) as bar:
             for start in range(0, len(order), batch_size):
                 rows = [prompts[i] + answer for i in order[start : start + batch_size]]
                 ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=self.device)

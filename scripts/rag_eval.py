@@ -287,7 +287,7 @@ def main(config: Config) -> dict:
             for r, docs, a, p, scores in zip(questions, shown, answers, confidences, judged)
         ]  # fmt: skip
         print0(
-            f"{name:20s}" + "  ".join(f"{k} {v:.3g}" for k, v in table[name].items() if not k.endswith(("_lo", "_hi")))
+            f"{name:27s}" + "  ".join(f"{k} {v:.3g}" for k, v in table[name].items() if not k.endswith(("_lo", "_hi")))
         )
         for r, a in list(zip(questions, answers))[: config.show]:
             print0(f"    {r['query']} -> {a}   (wanted: {r['answer']})")
