@@ -92,22 +92,26 @@ def wordings(relation: str, c: str, split: str) -> tuple[list[str], list[str]]:
     """(wordings as in training, held-out wordings) of a relation, filled with the country: its own, then frames."""
     rel = BY_NAME[relation]
     seen = own_asks(relation, split) + ((WHO_FRAMES if rel.kind == "person" else FRAMES) if rel.np else [])
-    held = list(rel.held) + (HELD_FRAMES if rel.np else [])
+    return filled(seen, relation, c), filled([*rel.held, *(HELD_FRAMES if rel.np else [])], relation, c)
+
+
+def filled(templates: list[str], relation: str, c: str) -> list[str]:
+    """The wordings that read well with this country, filled with it, each once."""
     if " " in c and c.startswith("the country"):  # "the country whose capital is X's area" reads badly
-        seen, held = ([t for t in ts if "{c}'s" not in t] for ts in (seen, held))
+        templates = [t for t in templates if "{c}'s" not in t]
     if c.startswith("the ") and c.endswith("s"):
-        seen, held = ([t.replace("{c}'s", "{c}'") for t in ts] for ts in (seen, held))  # "the Bahamas' capital"
-    return tuple(list(dict.fromkeys(capitalise(t.format(c=c, np=rel.np)) for t in ts)) for ts in (seen, held))
+        templates = [t.replace("{c}'s", "{c}'") for t in templates]  # "the Bahamas' capital"
+    return list(dict.fromkeys(capitalise(t.format(c=c, np=BY_NAME[relation].np)) for t in templates))
 
 
 def question(qid: str, split: str, relation: str, c: str, **rest) -> dict:
     """A question row: one wording as `query`, others as `paraphrases`."""
     rng = random.Random(stable_key(qid))
     seen, held = wordings(relation, c, split)
-    n_own = len(own_asks(relation, split))
+    own = filled(own_asks(relation, split), relation, c)
     picks = rng.sample(seen, k=min(len(seen), 1 + PARAPHRASES[split]))
-    if n_own and not any(p in seen[:n_own] for p in picks):
-        picks[0] = rng.choice(seen[:n_own])
+    if own and not set(own) & set(picks):
+        picks[0] = rng.choice(own)
     rng.shuffle(picks)
     row = {"id": qid, "query": picks[0], "paraphrases": picks[1:]}
     if split != "train":
@@ -238,7 +242,7 @@ def comparisons(c: Country, countries: list[Country], facts: dict, rng: random.R
             continue
         mine, theirs = facts[c.name][relation], facts[other.name][relation]
         x, y = figure(mine.answer), figure(theirs.answer)
-        if abs(x - y) < 0.1 * max(abs(x), abs(y)):
+        if abs(x - y) <= 0.1 * max(abs(x), abs(y)):  # two of 0 are equal
             continue
         pair = rng.sample([c.in_text, other.in_text], 2)
         asks = [t.format(a=pair[0], b=pair[1]) for t in COMPARE[relation]]

@@ -112,33 +112,40 @@ _UNITS = {
     "meters": "m", "metres": "m", "meter": "m", "metre": "m", "years": "year",
 }  # fmt: skip
 _UNIT = re.compile(r"(?<![^\W\d_])(?:" + "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True)) + r")(?!\w)")
-_NUMBER = re.compile(r"(?<![\w.])(-?)(\d[\d,]*(?:\.\d+)?)(?:\s*(thousand|million|billion|trillion)\b)?")
+_NUMBER = re.compile(  # a comma before three digits is part of it
+    r"(?<![\w.])(\d+(?:,\d{3})+(?!\d)|\d+)((?:\.\d+)?)(?!\.?\d)(?:\s*(thousand|million|billion|trillion)\b)?"
+)
 _NAMED_UNITS = {*_UNITS.values(), "nm", "cm", "mm", "bbl", "bbl/day", "kwh", "deaths", "births"}
+_SIGNS = "$€£¥"
+_MARKS = re.compile(rf"((?<=\w)[+#]+(?!\w)|[{_SIGNS}](?=\d))|(?<=\w)-|-(?![{_SIGNS}]?\d)|[^\w\s.-]|_")
 
 
 @lru_cache(maxsize=20_000)  # evaluation and RL normalise the same passages again and again
 def normalize_answer(text: str) -> str:
     """Text -> the form in which two answers are compared (SQuAD's, and numbers made equal that are).
 
-    Citations, case, accents, articles, punctuation and extra spaces go; "83,871 km²" and "83871 square kilometers"
-    both give "83871 sq km"; "1.2 million" gives "1200000"; a minus sign and a decimal point stay.
+    Citations, case, accents, articles before a word, punctuation and extra spaces go; "83,871 km²" and "83871 square
+    kilometers" both give "83871 sq km"; "1.2 million" gives "1200000". What tells answers apart stays: a minus sign, a
+    decimal point, "$5", "C++", and the vowel signs of scripts that write them as marks.
     """
     text = unicodedata.normalize("NFKD", strip_citations(text).replace("²", "2").replace("−", "-").casefold())
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    text = _NUMBER.sub(_plain_number, text)
+    text = re.sub("[\u0300-\u036f]", "", text)  # accents
+    text = _NUMBER.sub(_plain_number, text.replace("us$", "$"))
     text = _UNIT.sub(lambda m: f" {_UNITS[m[0]]} ", text)
     text = re.sub(r"['’`´]|(?<!\d)\.|\.(?!\d)", "", text)  # D.C. -> dc, St. John's -> st johns, but 3.5
-    text = re.sub(r"(?<=\w)-|-(?!\d)|[^\w\s.-]|_", " ", text)  # Port-au-Prince -> three words, but -28
-    text = re.sub(r"\b(?:a|an|the)\b", " ", text)
+    text = _MARKS.sub(_kept_mark, text)  # Port-au-Prince -> three words, but -28
+    text = re.sub(r"\b(?:a|an|the)\s+(?=\w)", " ", text)  # but not from "vitamin A"
     return " ".join(text.split())
 
 
 def _plain_number(match: re.Match) -> str:
-    sign, digits, scale = match.groups()
-    number = Decimal(digits.replace(",", "")).scaleb(_SCALES.get(scale, 0))
-    trailing = "," if digits.endswith(",") else ""  # "in 1960, Chad": the comma wasn't the number's
-    whole = format(number, "f")
-    return sign + (whole.rstrip("0").rstrip(".") if "." in whole else whole) + trailing
+    digits, decimals, scale = match.groups()
+    number = format(Decimal(digits.replace(",", "") + decimals).scaleb(_SCALES.get(scale, 0)), "f")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def _kept_mark(match: re.Match) -> str:
+    return match[0] if match[1] or unicodedata.category(match[0])[0] == "M" else " "
 
 
 def is_unanswerable(answers: Sequence[str]) -> bool:
@@ -150,8 +157,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction equals an accepted answer once both are normalised.
 
     A question without accepted answers (or whose accepted answer is to abstain) is answered by abstaining.
-    A bare number also matches an accepted number with its unit: "83871" answers "83,871 sq km". Not the other way
-    round, and a wrong unit doesn't match.
+    A bare number also matches an accepted number with its unit: "83871" answers "83,871 sq km", and "5" answers "$5".
+    Not the other way round, and a wrong unit doesn't match.
     """
     if is_unanswerable(answers) or is_abstention(prediction):
         return float(is_unanswerable(answers) and is_abstention(prediction))
@@ -159,8 +166,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     accepted = {normalize_answer(answer) for answer in answers}
     for answer in list(accepted):
         number, _, unit = answer.partition(" ")
-        if unit in _NAMED_UNITS and re.fullmatch(r"-?[\d.]+", number):
-            accepted.add(number)
+        if unit in {*_NAMED_UNITS, ""} and re.fullmatch(rf"-?[{_SIGNS}]?[\d.]+", number):
+            accepted.add(_without_sign(number))
     return float(bool(found) and found in accepted)
 
 
@@ -181,12 +188,17 @@ def answer_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def is_supported(answer: str, documents: Sequence[Any]) -> bool:
-    """True if the normalised answer occurs, as whole words, in the title or content of one of the documents."""
+    """True if the normalised answer occurs, as whole words, in the title or content of one of the documents.
+
+    A number without a currency's sign also where it has one.
+    """
     wanted = normalize_answer(answer)
-    return bool(wanted) and any(
-        f" {wanted} " in f" {normalize_answer(_get(doc, 'title'))} | {normalize_answer(_get(doc, 'content'))} "
-        for doc in documents
-    )
+    told = [f" {normalize_answer(_get(doc, 'title'))} | {normalize_answer(_get(doc, 'content'))} " for doc in documents]
+    return bool(wanted) and any(f" {wanted} " in text or f" {wanted} " in _without_sign(text) for text in told)
+
+
+def _without_sign(text: str) -> str:
+    return re.sub(rf"[{_SIGNS}](?=\d)", "", text)
 
 
 def hallucination(prediction: str, documents: Sequence[Any]) -> float:
