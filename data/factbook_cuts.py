@@ -79,6 +79,12 @@ def value(text: str) -> Cut | None:
     return Cut(v, date or tail, variants=variants)
 
 
+def length(text: str) -> Cut | None:
+    """A value in figures: where a field goes island by island, none."""
+    cut = value(text)
+    return cut if cut and re.match(NUMBER, cut.v) else None
+
+
 def pct(text: str) -> Cut | None:
     """The first percentage."""
     rest, date = split_date(text)
@@ -381,7 +387,7 @@ def before_colon(text: str) -> Cut | None:
 
 CUTS: dict[str, Callable[[str], Cut | None]] = {
     f.__name__: f
-    for f in (value, pct, num, clause, neighbours, longest_border, peak, peak_height, river, first_share, partner,
+    for f in (value, length, pct, num, clause, neighbours, longest_border, peak, peak_height, river, first_share, partner,
               official, city, capital, independence, independence_from, holiday, holiday_date, person, since, people,
               quoted, currency, before_colon)
 }  # fmt: skip

@@ -96,7 +96,7 @@ RELATIONS = [
     R("border_length", "location", _G + "Land boundaries/total", "value", "total land border length",
       "The land boundaries of {c} are {v} long in all.",
       ["How long are the land borders of {c}?", "How long are {c}'s land boundaries in total?"]),
-    R("coastline", "location", _G + "Coastline", "value", "coastline length", "The coastline of {c} is {v} long.",
+    R("coastline", "location", _G + "Coastline", "length", "coastline length", "The coastline of {c} is {v} long.",
       ["How long is the coastline of {c}?", "How long is {c}'s coast?"], ["How much coast does {c} have?"]),
     # land -------------------------------------------------------------------------------------------------------
     R("climate", "land", _G + "Climate", "clause", "climate", "The climate of {c} is {v}.",

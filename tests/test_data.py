@@ -86,6 +86,37 @@ def test_answers_stand_word_for_word_in_their_gold_passage(questions, documents)
                 assert q["answer"] in {q["country"], q["bridge"]}, q["id"]
 
 
+TOLD = {  # how a passage tells what is compared
+    "area": r"total area of .+? is ([\d.,]+(?: million)?) sq km",
+    "population": r"population of .+? is ([\d,]+(?:\.\d+ million)?|no permanent inhabitants|uninhabited)",
+    "median_age": r"median age in .+? is ([\d.]+) years",
+    "life_expectancy": r"Life expectancy at birth in .+? is ([\d.]+) years",
+    "airports": r"Number of airports in .+?: ([\d,]+)",
+    "coastline": r"coastline of .+? is ([\d.,]+) km",
+    "unemployment": r"Unemployment in .+? stands at ([\d.]+)%",
+}
+
+
+def figure(text: str) -> float:
+    """What a passage's figure counts as; nobody is 0."""
+    if not text[0].isdigit():
+        return 0.0
+    number, _, scale = text.replace(",", "").partition(" ")
+    return float(number) * {"": 1, "million": 1e6}[scale]
+
+
+def test_what_wins_a_comparison_is_what_the_passages_say_is_more(questions, documents):
+    seen = Counter()
+    for row in (q for split in SPLITS for q in questions[split] if q.get("bridge_relation") == "compare"):
+        found = [re.search(TOLD[row["relation"]], documents[i]["content"]) for i in row["positive_ids"]]
+        assert all(found), row
+        x, y = (figure(m[1]) for m in found)
+        assert abs(x - y) > 0.1 * max(x, y), row
+        assert row["answer"] == (row["country"] if x > y else row["bridge"]), row
+        seen[row["relation"]] += 1
+    assert seen.keys() == TOLD.keys() and min(seen.values()) > 20
+
+
 def test_unanswerable_questions_abstain_and_name_no_passage(questions):
     for split in SPLITS:
         rows = [q for q in questions[split] if q["type"] == "unanswerable"]

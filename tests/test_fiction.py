@@ -87,6 +87,33 @@ def test_two_hop_questions_lead_from_one_document_to_another():
             assert is_supported(row["answer"], [second])
 
 
+def size(text: str) -> tuple:
+    """How large a value is, or how late a date: "4 February 1837" -> (1837, 2, 4), "1.2 km" -> (1.2,)."""
+    months = "January February March April May June July August September October November December".split()
+    if month := next((m for m in months if m in text), ""):
+        day, year = re.findall(r"\d+", text)
+        return int(year), months.index(month), int(day)
+    [number] = re.findall(r"[\d,]+(?:\.\d+)?", text)
+    return (float(number.replace(",", "")),)
+
+
+def test_what_wins_a_comparison_is_what_the_documents_say_does():
+    earlier = {"founded", "born", "launched", "appeared", "effective", "deadline"}
+    seen = Counter()
+    for world in WORLDS.values():
+        told = {(row["country"], row["relation"]): row for row in world.queries if row["type"] == "single"}
+        for row in world.queries:
+            if row.get("bridge_relation") != "compare":
+                continue
+            both = [told[name, row["relation"]] for name in (row["country"], row["bridge"])]
+            assert row["positive_ids"] == [one["positive_ids"][0] for one in both]
+            x, y = (size(one["answer"]) for one in both)
+            wins = row["country"] if (x < y) == (row["relation"] in earlier) else row["bridge"]
+            assert x != y and wins in row["answers"], row
+            seen[row["relation"] in earlier, row["relation"]] += 1
+    assert len(seen) >= 8 and len({early for early, _ in seen}) == 2
+
+
 def test_unanswerable_questions_are_about_what_nothing_tells():
     told = {(row["country"], row["relation"]) for _, row in rows("single")}
     entities = {doc["entity"] for world in WORLDS.values() for doc in world.documents.values()}
