@@ -5,14 +5,16 @@
 The gold document stands somewhere among the best distractors that the retriever finds; the same questions and the same
 documents for every model. `together`: all in one context, which grows beyond what the models were trained with; `each`:
 read one by one (nanochat/reader.py), where a calibrated model abstains more than one that isn't. The models are RAG
-checkpoints; scripts.rag_eval asks and judges.
+checkpoints; scripts.rag_eval asks and judges. One calibrated with an evidence reader is refused for `together`: the
+reader would answer, not the model (calibrate with --evidence none, or not at all).
 """
 
 from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.common import report
-from nanochat.common import UserError
+from nanochat.checkpoint_manager import find_checkpoint
+from nanochat.common import UserError, read_json
 from nanochat.config import run
 from scripts import rag_eval
 
@@ -39,6 +41,9 @@ def main(config: Config) -> dict:
         counts = [0]
     if not tags or min(counts) < 1 or not reads or not set(reads) <= {"together", "each"}:
         raise UserError("give --model_tags gpt,mamba, whole numbers from 1 as --counts, and --read together,each")
+    for tag in tags if "together" in reads else []:
+        if read_json(find_checkpoint("rag", tag) / "meta.json").get("evidence"):
+            raise UserError(f"{tag} has an evidence reader, which would answer in its place; give --read each for it")
     table = {}
     for read, tag, n in product(reads, tags, counts):
         asked = rag_eval.Config(

@@ -387,8 +387,8 @@ def before_colon(text: str) -> Cut | None:
 
 CUTS: dict[str, Callable[[str], Cut | None]] = {
     f.__name__: f
-    for f in (value, length, pct, num, clause, neighbours, longest_border, peak, peak_height, river, first_share, partner,
-              official, city, capital, independence, independence_from, holiday, holiday_date, person, since, people,
-              quoted, currency, before_colon)
+    for f in (value, length, pct, num, clause, neighbours, longest_border, peak, peak_height, river, first_share,
+              partner, official, city, capital, independence, independence_from, holiday, holiday_date, person, since,
+              people, quoted, currency, before_colon)
 }  # fmt: skip
 CUTS["list"] = short_list

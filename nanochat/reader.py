@@ -40,6 +40,8 @@ BESIDE = 0.95  # share of answerable questions in which no wrong document may sp
 FEATURES = 10  # of a document or of two read as one text: what `look` and `look_together` give, of which these are
 MODEL, LIKENESS, NAMES, ODDS = 0, 1, 2, 6  # the language model's, similarity, names of the question, evidence's odds
 FAINT = 0.05  # a vote of the language model that weighs less than this isn't worth the time it takes
+_BEGINNING = re.compile(r"(?:^|[.!?:][\"”')]*\s)\W*\w")  # of a question's sentence
+_SHORT = re.compile(r"\b(?:[A-Za-z]|St|Mt|Ft|Dr|Mr|Mrs|Ms|Jr|Sr)\.$")  # a full stop that doesn't end one
 COMMON = set(  # words of questions that say nothing about who answers them
     "a about an and any are as at be been by can could did do does far find for from give had has have how i in is it "
     "its know like long many me much my name of old on or please tell that the there this to was were what when where "
@@ -127,7 +129,7 @@ def _speaks(question: str, docs: Sequence[dict], evidence: "Evidence | None") ->
     doc = docs[evidence.document]
     near = shared_words(question, {**doc, "content": evidence.sentence})
     others = [_told(other) for n, other in enumerate(docs) if n != evidence.document]
-    linked = _share(names_in(f"{doc.get('title') or ''}", 0), set(tokenize(_plain(question))).union(*others))
+    linked = _share(names_in(f"{doc.get('title') or ''}", title=True), set(tokenize(_plain(question))).union(*others))
     return (*held, *near, evidence.odds, linked, all_names)
 
 
@@ -163,11 +165,16 @@ def _share(wanted: set[str], told: set[str]) -> float:
     return len(wanted & told) / len(wanted) if wanted else math.nan
 
 
-def names_in(text: str, begin: int = 1) -> set[str]:
-    """The words of names and the numbers in a question, whose first word has a capital anyway; of a title from 0 on."""
+def names_in(text: str, title: bool = False) -> set[str]:
+    """The words of names and the numbers in a question, or in a title. The first word of a question's sentence has a
+    capital anyway.
+    """
+    if text.isupper():
+        text = text.lower()
+    elif not title:
+        text = _BEGINNING.sub(lambda m: m[0] if _SHORT.search(text, 0, m.start() + 1) else m[0].lower(), text)
     words = re.findall(r"\w+(?:[.,]\d+)*", _plain(text))  # as they are written
-    names = [w for n, w in enumerate(words) if w[0].isdigit() or (n >= begin and w[0].isupper() and not text.isupper())]
-    return set(tokenize(" ".join(names))) - COMMON
+    return set(tokenize(" ".join(w for w in words if w[0].isdigit() or w[0].isupper()))) - COMMON
 
 
 def _plain(question: str) -> str:
@@ -461,8 +468,11 @@ def fit_words(sure: Sequence[tuple[float, float]], better: Sequence[bool]) -> li
     known = [(x, ok) for x, ok in zip(sure, better) if np.isfinite(x).all()]
     if len({ok for _, ok in known}) < 2:
         return [0.0, 0.0, 1.0 if all(ok for _, ok in known) else -1.0]
-    model = LogisticRegression(C=1e3).fit(*map(np.array, zip(*known)))
-    return [max(0.0, float(model.coef_[0][0])), float(model.coef_[0][1]), float(model.intercept_[0])]
+    x, y = map(np.array, zip(*known))
+    model = LogisticRegression(C=1e3)
+    if model.fit(x, y).coef_[0][0] < 0:  # the surer of its words the worse is chance, and not to be learned
+        model.fit(x * [0, 1], y)
+    return [*model.coef_[0].tolist(), float(model.intercept_[0])]
 
 
 def one_document_each(conversation: dict, found: "Sequence[Evidence | None]" = (), most: int = ALONE) -> list[dict]:

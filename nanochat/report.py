@@ -9,6 +9,7 @@ A stage that wasn't run is left out; a file that can't be read is named in the r
 import json
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,16 @@ def write_report(output: Path, evals: Path) -> str:
     for file in sorted(evals.glob("**/*.json")):
         try:
             result = read_json(file)
-            tables.append(f"## {file.stem}\n\n" + evaluation_table(result["rows"]))
+            tables.append(f"## {_name(file, evals)}\n\n" + evaluation_table(result["rows"]))
         except (UserError, KeyError, TypeError, AttributeError) as e:
             problems.append(f"- {file}: not an evaluation ({e})")
     if not tables:
         tables.append("Nothing was trained or evaluated yet.")
     answers = sorted(evals.glob("**/*.answers.jsonl"))
-    curves = [plot_confidence(file, output) for file in answers]
-    samples = [(file.name.removesuffix(".answers.jsonl"), sample_answers(file)) for file in answers]
-    plots = [f"![confidence]({curve.name})" for curve in curves if curve]
+    names = [_name(file, evals) for file in answers]
+    curves = [f"{name}_confidence.png" for name, file in zip(names, answers) if plot_confidence(file, output, name)]
+    samples = [(name, sample_answers(file)) for name, file in zip(names, answers)]
+    plots = [f"![confidence]({curve})" for curve in curves]
     plots += [f"![{r.source}/{r.tag}]({plot_run(r, output).name})" for r in runs if r.steps]
     found = ", ".join(f"{name} {v}" for name, v in versions().items())
     parts = [f"# Report\n\n{time.strftime('%Y-%m-%d %H:%M')}, {found}", *tables]
@@ -95,11 +97,9 @@ def read_runs() -> list[Run]:
                 continue
             rows = []
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-            rows = [r for r in rows if isinstance(r, dict) and "step" in r]
+                with suppress(ValueError, AttributeError):  # half a line, or one that isn't ours
+                    rows.append({k: v for k, v in json.loads(line).items() if _is_number(v)})
+            rows = [r for r in rows if "step" in r]
             steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "loss" not in r]
             runs.append(Run(source, file.parent.name, steps, evals, bool(list_steps(file.parent))))
     return runs
@@ -199,8 +199,9 @@ def sample_answers(file: Path, n: int = 30) -> str:
     return markdown_table(cells) if cells else ""
 
 
-def plot_confidence(answers: Path, output: Path) -> Path | None:
-    """What another threshold would do, from rag_eval's answers -> a PNG; None where none has a confidence.
+def plot_confidence(answers: Path, output: Path, name: str) -> bool:
+    """What another threshold would do, from rag_eval's answers -> NAME_confidence.png; False where none has a
+    confidence.
 
     Left: the share of distractor-only questions it would abstain from, against that of answerable ones. Right: risk
     (1 - F1 of what is answered) against coverage, as far as answers were given.
@@ -208,17 +209,17 @@ def plot_confidence(answers: Path, output: Path) -> Path | None:
     rows: dict[str, list[tuple[float, float, bool]]] = {}
     try:
         if not read_json(answers.with_name(answers.name.replace(".answers.jsonl", ".json")))["config"]["confidence"]:
-            return None  # no threshold was in use
+            return False  # no threshold was in use
         for a in read_jsonl(answers):
             if "confidence" in a and a["row"] in ("retrieved", "distractors_only"):
                 found = bool(set(a["positive_ids"]) & set(a["documents"]))
                 rows.setdefault(a["row"], []).append((float(a["confidence"]), float(a["f1"]), found))
     except (UserError, KeyError, TypeError, ValueError):
-        return None
+        return False
     there = sorted((c, f1) for c, f1, found in rows.get("retrieved", []) if found)
     gone = [c for c, _, _ in rows.get("distractors_only", [])]
     if not there or not gone:
-        return None
+        return False
     import matplotlib
 
     matplotlib.use("Agg")
@@ -237,10 +238,16 @@ def plot_confidence(answers: Path, output: Path) -> Path | None:
         curve.append((n / len(there), 1 - total / n))
     right.plot(*zip(*curve), color="#1f4e9c") if curve else None
     right.set(title="risk and coverage", xlabel="share answered, the surest first", ylabel="1 - F1", xlim=(0, 1))
-    file = output / f"{answers.name.removesuffix('.answers.jsonl')}_confidence.png"
+    file = output / f"{name}_confidence.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-    return file
+    return True
+
+
+def _name(file: Path, evals: Path) -> str:
+    """An evaluation's name: its place in the folder, without what its file's name ends with."""
+    return file.relative_to(evals).as_posix().removesuffix(".json").removesuffix(".answers.jsonl")
 
 
 def _is_number(value: Any) -> bool:

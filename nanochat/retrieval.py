@@ -173,6 +173,10 @@ class RetrievalManager:
         """Copies of any documents with their `similarity` to the query, if this retriever compares vectors."""
         return self.retriever.compare(query, documents)
 
+    def forget(self) -> None:
+        """Drop what earlier comparisons left in memory, so that the next one takes as long as a first."""
+        self.retriever.forget()
+
     def retrieve_batch(self, queries: Sequence[str], top_k: int | None = None, **options) -> list[list[Document]]:
         """The documents for many queries at once, not compared: that takes a few milliseconds a document."""
         retriever, top_k, options = self.retriever, self.top_k if top_k is None else top_k, {**self.options, **options}

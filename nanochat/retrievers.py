@@ -180,6 +180,9 @@ class Retriever:
         """Copies of any documents with `similarity` and `closest` set; where no vectors are compared, unset."""
         return [replace(doc, similarity=None, closest=None) for doc in docs]
 
+    def forget(self) -> None:
+        """Drop what earlier questions left in memory, so that the next one takes as long as a first."""
+
     def search(
         self,
         queries: Sequence[str],
@@ -482,6 +485,12 @@ class DenseRetriever(Retriever):
             found.append(replace(doc, similarity=float(likeness.max()), closest=closest))
         return found
 
+    def forget(self) -> None:
+        with self.lock:
+            self.known.clear()
+            self.known_sentences.clear()
+            self.n_sentences = 0
+
     def _sentences(self, doc: Document) -> tuple[list[str], np.ndarray]:
         """A document's sentences and the vectors (sentences, dims) of each with the title before it.
 
@@ -520,7 +529,7 @@ class HybridRetriever(Retriever):
             raise UserError(f"alpha must be a number from 0 to 1, not {alpha!r}")
         super().__init__(parts[0].documents, parts[0].keep)
         self.parts, self.fusion, self.shares = parts, fusion, [1 - alpha, alpha]
-        self._likeness, self.compare = parts[-1]._likeness, parts[-1].compare
+        self._likeness, self.compare, self.forget = parts[-1]._likeness, parts[-1].compare, parts[-1].forget
 
     def _search(self, queries: list[str], top_k: int, mask: np.ndarray | None) -> list[list[Hit]]:
         depth = min(max(self.DEPTH, top_k), len(self.documents))

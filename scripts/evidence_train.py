@@ -66,13 +66,14 @@ def main(config: Config) -> dict[str, float]:
     d = init_distributed(config.device)
     manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc.to_dict() for doc in manager.documents}
-    queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
+    queries = Path(config.queries or Path(config.knowledge_base).resolve().parent / "queries")
     train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")
     world, books = make_world("train"), load_handbooks("train")
     found = {"queries": retrieve_all(manager, train_rows)}  # what looks alike, among it who only names the thing asked
     for name, other in (("fiction", world), ("handbook", books)):
         retriever = BM25Retriever([Document.from_dict(doc) for doc in other.documents.values()])
-        found[name] = retrieve_all(retriever, other.queries[: 100 * config.num_iterations])  # a short run draws few
+        # for a short run not for all: the others' distractors are alike or random, and nobody waits for hours of search
+        found[name] = retrieve_all(retriever, other.queries[: 100 * config.num_iterations])
 
     # 2. What is practised: of three sources excerpts of one document, whole ones, two at once, and what takes two
     usual = RAGMix(0.35, 0.0, 0.25, follow_up=0.9, max_questions=6, max_docs=1, alike=0.1, reword=0.4, careless=0.1)

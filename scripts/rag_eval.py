@@ -39,9 +39,9 @@ contradictory_undated both sides, half each. hallucination: answered, and no sho
 precision and recall are over gold ids, averaged over the `citation_n` questions that were answered and could be; a
 single-hop question's recall is 1 if any of its gold documents is cited. ttft_ms: median time from question and
 documents to the first token of the answer (to all of it where a calibrated model weighs its words before it speaks),
-five asked one at a time; tokens: what the language model reads for them, on average, or would if its vote counted.
-With `--quote true` an answer is always some document's words, so that hallucination says little: look at f1. Intervals
-are 95 % bootstrap.
+five asked one at a time with nothing remembered of earlier ones; tokens: what the language model reads for them, on
+average, or would if its vote counted. With `--quote true` an answer is always some document's words, so that
+hallucination says little: look at f1. Intervals are 95 % bootstrap.
 """
 
 import math
@@ -104,7 +104,7 @@ from nanochat.reader import (
     stream_each,
 )
 from nanochat.retrieval import RetrievalManager
-from tasks.factbook import load_queries
+from tasks.factbook import check_fields, judgeable, load_queries
 from tasks.rag_task import RAGMix, RAGTask, states_answer
 
 if TYPE_CHECKING:
@@ -166,7 +166,11 @@ def main(config: Config) -> dict:
     engine = Engine(model, tokenizer)
 
     # 2. The questions of each kind, and what the retriever finds for them
-    rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
+    kept = judgeable(rows, documents)
+    if len(kept) < len(rows):
+        left = f"{len(rows) - len(kept)} of {len(rows)} questions are left out"
+        print0(f"{left}: their gold documents (positive_ids) aren't in this knowledge base, or they name none")
+    rows = kept
     pools = {kind: [r for r in rows if r["type"] == kind] for kind in ("single", "two_hop", "unanswerable")}
     pools["held_out"] = [r for r in pools["single"] if r.get("wording") == "held_out"]
     rng = random.Random(config.seed)
@@ -259,27 +263,26 @@ def main(config: Config) -> dict:
             told["evidence"] = model.evidence and model.evidence.told
             write_json(checkpoint / "meta.json", meta | told)
 
-    # 4. Ask and judge
+    # 4. What an answer costs: on one rank, the others wait, and before what is compared is remembered
+    baselines = {"always_abstain": lambda docs: ABSTENTION, "first_entity": _first_entity}
+    asks = {name: [(r["query"], settings[name][1](r)) for r in by_type[settings[name][0]]] for name in wanted}
+    timed = [name for name in wanted if name not in baselines]
+    cost = lambda: {name: what_it_costs(engine, manager, config, name, asks[name]) for name in timed}
+    costs = over_ranks(lambda part: [{} if n else cost() for n in part], range(d.world_size))[0]
+
+    # 5. Ask and judge
     table, log, known = {}, [], {}
     for name in wanted:
-        kind, choose = settings[name]
-        questions = by_type[kind]
-        shown, confidences, cost = [choose(r) for r in questions], [math.nan] * len(questions), {}
-        if name == "always_abstain":
-            answers = [ABSTENTION] * len(questions)
-        elif name == "first_entity":
-            answers = [_first_entity(docs) for docs in shown]
+        questions, shown = by_type[settings[name][0]], [docs for _, docs in asks[name]]
+        if name in baselines:
+            answers, confidences = [baselines[name](docs) for docs in shown], [math.nan] * len(shown)
         else:
-            each = config.read == "each" and not name.startswith(TOGETHER)
-            asks = [(r["query"], docs) for r, docs in zip(questions, shown)]
-            reader = partial(read_and_answer, engine, manager, config, each, known)
-            costs = partial(what_it_costs, engine, manager, config, each, asks)
-            # one rank, the others wait; and before the row is asked, for what was compared is remembered
-            cost = over_ranks(lambda part, costs=costs: [{} if n else costs() for n in part], range(d.world_size))[0]
-            answers, confidences = zip(*over_ranks(reader, asks))
+            reader = partial(read_and_answer, engine, manager, config, name, known)
+            answers, confidences = zip(*over_ranks(reader, asks[name]))
         judged = [judge(r, docs, a) for r, docs, a in zip(questions, shown, answers)]
         cited = sum("citation_precision" in scores for scores in judged)
-        table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {}) | cost
+        table[name] = mean_with_intervals(judged, config.seed) | ({"citation_n": cited} if cited else {})
+        table[name] |= costs.get(name, {})
         log += [
             {"row": name, "id": r["id"], "query": r["query"], "answer": a, "answers": r["answers"],
              "documents": [doc.id for doc in docs], "positive_ids": r["positive_ids"], "f1": scores["f1"]}
@@ -317,29 +320,36 @@ def evidence_reader(config: Config, tag: str, device: torch.device) -> "Evidence
     return load_evidence(config.evidence or tag, device=device)
 
 
+def reads_each(config: Config, row: str) -> bool:
+    return config.read == "each" and not row.startswith(TOGETHER)
+
+
 def read_and_answer(
     engine: Engine,
     manager: RetrievalManager,
     config: Config,
-    each: bool,
+    row: str,
     known: dict,
     asks: list[tuple[str, list[Document]]],
 ) -> list[tuple[str, float]]:
-    """Answers over documents that are read one by one (`each`) or together, and their confidence."""
-    c, conversations = config, [ask(query, manager.compare(query, docs)) for query, docs in asks]
-    if each:
-        found = answer_each(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
-        return list(zip(*found))
-    answers = answer_together(engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
-    return [(answer, math.nan) for answer in answers]
+    """A row's answers over documents, and their confidence. Where none was found, as in the chat, the abstention."""
+    c, answers = config, [(ABSTENTION, math.nan)] * len(asks)
+    open_book = [n for n, (_, docs) in enumerate(asks) if docs or row == "closed_book"]
+    conversations = [ask(query, manager.compare(query, docs)) for query, docs in (asks[n] for n in open_book)]
+    how = (engine, conversations, c.batch_size, c.max_tokens, c.quote, is_main(), known)
+    said = zip(*answer_each(*how)) if reads_each(c, row) else ((a, math.nan) for a in answer_together(*how))
+    for n, answer in zip(open_book, said):
+        answers[n] = answer
+    return answers
 
 
 def what_it_costs(
-    engine: Engine, manager: RetrievalManager, config: Config, each: bool, asks: list[tuple[str, list[Document]]]
+    engine: Engine, manager: RetrievalManager, config: Config, row: str, asks: list[tuple[str, list[Document]]]
 ) -> dict[str, float]:
-    """`ttft_ms` and `tokens` (see the module's docstring)."""
-    times, tokens = [], []
-    for query, docs in asks[:TIMED]:
+    """`ttft_ms` and `tokens` (see the module's docstring) of a row that asks this."""
+    times, tokens, each = [], [], reads_each(config, row)
+    for query, docs in [one for one in asks if one[1] or row == "closed_book"][:TIMED]:
+        manager.forget()
         start = time.perf_counter()
         conversation = ask(query, manager.compare(query, docs))
         if each:
@@ -354,7 +364,7 @@ def what_it_costs(
         views = (one_document_each(conversation) if alone else []) or [conversation]
         asked = views if alone or not (pointed and docs) else []  # the evidence reader needs no language model
         tokens.append(sum(len(engine.prompt(view, config.max_tokens)) for view in asked))
-    return {"ttft_ms": float(np.median(times)), "tokens": float(np.mean(tokens))}
+    return {"ttft_ms": float(np.median(times)), "tokens": float(np.mean(tokens))} if times else {}
 
 
 def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged: set[str]) -> dict:
@@ -370,7 +380,7 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
             raise UserError(
                 f"--calibrate {path} has questions that --queries has, too; give it the validation questions"
             )
-        own = Path(path).parent.parent / "knowledge_base"
+        own = Path(path).resolve().parent.parent / "knowledge_base"
         other = (own / "kb.json").exists() and own.resolve() != Path(config.knowledge_base).resolve()
         of = RetrievalManager(manager.retriever_type, own, cached=True) if other else manager
         there, gone, read = calibration_features(engine, of, config, rows, path)
@@ -476,14 +486,19 @@ def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
     path = Path(config.contradictions or Path(config.queries).parent / "contradictions.jsonl")
     if not config.contradictions and not path.exists():
         return {}
-    rows = [r for r in read_jsonl(path, ("id", "query", "old", "new")) if "split" not in r or r["split"] in splits]
+    rows = [{k: v for k, v in r.items() if v is not None} for r in read_jsonl(path, ("id", "query", "old", "new"))]
+    for n, r in enumerate(rows, 1):
+        check_fields(r, f"{path}, record {n}")
+        for age in ("old", "new"):
+            if not isinstance(r.get(age), dict) or not r[age].keys() >= SIDE:
+                raise UserError(f"{path}: 'old' and 'new' of {r['id']!r} need {', '.join(sorted(SIDE))}")
+            check_fields(r[age], f"{path}, record {n}, '{age}'")
+    rows = [r for r in rows if "split" not in r or r["split"] in splits]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, len(rows)))
     out: dict[str, list[dict]] = {}
     for kind, key in (("dated", "passage"), ("undated", "passage_undated")):
         out[kind] = []
         for r in rows:
-            if not all(isinstance(r[age], dict) and r[age].keys() >= SIDE for age in ("old", "new")):
-                raise UserError(f"{path}: 'old' and 'new' of {r['id']!r} need {', '.join(sorted(SIDE))}")
             dates = [{"date": r[age]["date"]} if kind == "dated" else {} for age in ("old", "new")]
             old, new = (
                 Document(f"{r['id']}-{age}", r[age]["title"], r[age][key], metadata=date)

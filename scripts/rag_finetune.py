@@ -76,7 +76,7 @@ def main(config: Config) -> dict[str, float]:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
     manager = RetrievalManager(config.retriever_type, config.knowledge_base, cached=True)
     documents = {doc.id: doc.to_dict() for doc in manager.documents}
-    queries = Path(config.queries or Path(config.knowledge_base).parent / "queries")
+    queries = Path(config.queries or Path(config.knowledge_base).resolve().parent / "queries")
     train_rows, val_rows = load_queries(queries / "train.jsonl"), load_queries(queries / "val.jsonl")
 
     # 2. Model

@@ -5,6 +5,7 @@ pretraining corpus. data/README.md describes the files.
 """
 
 import random
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,25 +22,54 @@ def load_documents(path: str | Path = FACTBOOK / "knowledge_base" / "documents.j
     return {row["id"]: row for row in read_jsonl(path, required=("id", "title", "content"))}
 
 
+TEXTS = "id query answer type country relation bridge bridge_relation reason wording split".split()
+TEXTS += "title date passage passage_undated".split()  # of a side of a contradiction
+LISTS = "answers positive_ids paraphrases about_ids".split()
+
+
 def load_queries(path: str | Path) -> list[dict]:
-    """Questions in the format of docs/formats.md. `path` may be 'train', 'val' or 'test' for the factbook's."""
+    """Questions in the format of docs/formats.md. `path` may be 'train', 'val' or 'test' for the factbook's.
+
+    A field that is null counts as left out. Raises UserError naming the record that isn't a question or has the id of
+    another.
+    """
     if str(path) in ("train", "val", "test"):
         path = FACTBOOK / "queries" / f"{path}.jsonl"
-    rows = []
+    rows: dict[str, dict] = {}
     for n, row in enumerate(read_jsonl(path, required=("id", "query", "answer")), 1):
+        row, where = {key: value for key, value in row.items() if value is not None}, f"{path}, record {n}"
+        if not all(isinstance(row.get(key), str) for key in ("id", "query", "answer")):
+            raise UserError(f"{where}: 'id', 'query' and 'answer' must be text")
         kind = "unanswerable" if not row.get("positive_ids") and row["answer"] in ("", ABSTENTION) else "single"
         row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": kind, "paraphrases": [], **row}
-        if not all(isinstance(row[key], str) for key in ("id", "query", "answer")):
-            raise UserError(f"{path}, record {n}: 'id', 'query' and 'answer' must be text")
-        for key in ("answers", "positive_ids", "paraphrases"):
-            if not isinstance(row[key], list) or not all(isinstance(x, str) for x in row[key]):
-                raise UserError(f"{path}, record {n}: '{key}' must be a list of texts")
+        check_fields(row, where)
         if isinstance(row["hops"], bool) or not isinstance(row["hops"], int):
-            raise UserError(f"{path}, record {n}: 'hops' must be a whole number")
-        rows.append(row)
+            raise UserError(f"{where}: 'hops' must be a whole number")
+        if row["id"] in rows:
+            raise UserError(f"{where}: another question has the id {row['id']!r}, too; give each its own")
+        rows[row["id"]] = row
     if not rows:
         raise UserError(f"{path} holds no question")
-    return rows
+    return list(rows.values())
+
+
+def check_fields(row: dict, where: str) -> None:
+    """Raises UserError unless the fields of a question, or of a side of a contradiction, are what they should be."""
+    for key in row.keys() & TEXTS:
+        if not isinstance(row[key], str):
+            raise UserError(f"{where}: '{key}' must be text")
+    for key in row.keys() & LISTS:
+        if not isinstance(row[key], list) or not all(isinstance(x, str) for x in row[key]):
+            raise UserError(f"{where}: '{key}' must be a list of texts")
+
+
+def judgeable(rows: Sequence[dict], documents: Container[str]) -> list[dict]:
+    """The questions that a knowledge base with these ids has all gold documents of, one or more, of two hops two or
+    more; and those that nothing answers.
+    """
+    least = {"unanswerable": 0, "two_hop": 2}
+    enough = lambda row: len({*row["positive_ids"]}) >= least.get(row["type"], 1)
+    return [row for row in rows if enough(row) and all(p in documents for p in row["positive_ids"])]
 
 
 class FactbookQA(Task):

@@ -75,7 +75,7 @@ def load_handbooks(split: str = "train", folder: str | Path = DATA / "handbooks"
                 }
                 if doc["id"] in documents:
                     raise UserError(f"{path}, line {n}: this handbook has another document of this title")
-                documents[doc["id"]] = doc
+                documents[doc["id"]], row = doc, {}
             elif doc and key in ("Q:", "N:", "H:"):
                 asked = text.split(" || ")
                 row = {"id": f"{doc['id']}-{n}", "query": asked[0], "paraphrases": asked[1:], "relation": book}
@@ -84,7 +84,7 @@ def load_handbooks(split: str = "train", folder: str | Path = DATA / "handbooks"
                 if key != "N:":
                     row |= {"positive_ids": [doc["id"]] if key == "Q:" else [], "type": "single"}
                 queries.append(row)
-            elif key == "A:" and row:
+            elif key == "A:" and row and row["answer"] == ABSTENTION:
                 row["answer"], row["answers"] = text.split(" || ")[0], text.split(" || ")
             elif key == "F:" and row:
                 ids = [f"{slug(book)}--{slug(title)}" for title in text.split(" + ")]

@@ -28,6 +28,7 @@ from nanochat.engine import Engine
 from nanochat.rag_utils import ABSTENTION, answer_f1, exact_match, is_abstention, is_supported, strip_citations
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task, whole_word
+from tasks.factbook import judgeable
 
 
 @dataclass
@@ -70,7 +71,7 @@ class RAGTask(Task):
         others: Sequence[dict] = (),
     ):
         self.documents, self.mix, self.retrieved, self.seed = documents, mix or RAGMix(), retrieved or {}, seed
-        self.rows = [r for r in rows if all(p in documents for p in r["positive_ids"])]
+        self.rows = judgeable(rows, documents)
         if not self.rows:
             raise UserError("no question has its gold documents in this knowledge base; are they from the same data?")
         splits = {documents[p].get("split") for r in self.rows for p in r["positive_ids"]} - {None}

@@ -26,6 +26,7 @@ from nanochat.reader import (
     focus,
     look,
     look_together,
+    names_in,
     one_document_each,
     shared_words,
     speak,
@@ -273,6 +274,27 @@ def test_a_lone_document_is_weighed_alone_and_one_without_a_title_too():
     assert answer_together(engine, [talk, both], max_tokens=9) == [ABSTENTION, "Rill. [1]"]
 
 
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [
+        ("What is the capital of Chad?", "chad"),
+        ("What is the capital of Chad? Just the answer.", "chad"),
+        ("Thanks. Where is Mt. Everest?", "mt everest"),
+        ("Mt. Everest: how high is it?", "everest"),
+        ('"Excuse me!" Is St. John\'s in Antigua?', "st john antigua"),
+        ("A quick question: Describe the U.S. Virgin Islands in 1990", "u s virgin islands 1990"),
+        ("Kenya: area?", ""),
+        ("WHERE IS CHAD?", ""),
+    ],
+)
+def test_a_questions_names_are_its_capitalised_words_that_begin_no_sentence(question, names):
+    assert names_in(question) == set(names.split())
+
+
+def test_a_titles_names_are_its_capitalised_words():
+    assert names_in("Chad: Land. The area", title=True) == {"chad", "land"}
+
+
 def test_more_words_are_right_than_wrong_from_there_on():
     rng = np.random.default_rng(0)
     sure = rng.uniform(-2, 0, (4000, 2))
@@ -281,6 +303,16 @@ def test_more_words_are_right_than_wrong_from_there_on():
     assert fit_words([*sure, (-math.inf, 0)], [*right, True]) == fit_words(sure, right)  # where nothing was said
     for all_right in (True, False):
         assert (np.dot(fit_words([(-1, 0), (-2, 1)], [all_right] * 2), (-1, 0, 1)) > 0) == all_right
+
+
+def test_words_that_are_surer_where_they_are_worse_tell_nothing():
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(-2, 0, (4000, 2))
+    right = rng.uniform(size=4000) < 1 / (1 + np.exp(4 * sure[:, 0] + 3 * sure[:, 1] + 6))
+    own, evidence, bias = fit_words(sure, right)
+    assert own == 0 and evidence < -1 and bias < 0
+    believed = 1 / (1 + np.exp(-(evidence * sure[:, 1] + bias)))
+    assert believed.mean() == pytest.approx(right.mean(), abs=0.01)  # with the bias of both, it would be far off
 
 
 def test_alone_a_document_keeps_its_number_and_its_question():

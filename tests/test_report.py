@@ -1,6 +1,7 @@
 """The report shows what is there and survives what isn't."""
 
 import json
+import shutil
 
 import pytest
 
@@ -69,9 +70,19 @@ def test_what_a_threshold_does_is_drawn_where_there_are_confidences(tmp_path, mo
     (tmp_path / "evals" / "rag_eval.answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "evals" / "rag_eval.json").write_text(json.dumps({"rows": {}, "config": {"confidence": {"bias": 0}}}))
     (tmp_path / "evals" / "broken.answers.jsonl").write_text("{")
+    shutil.copytree(tmp_path / "evals", tmp_path / "evals" / "other")
     write_report(tmp_path / "report", tmp_path / "evals")
-    assert [f.name for f in (tmp_path / "report").glob("*_confidence.png")] == ["rag_eval_confidence.png"]
-    assert "(rag_eval_confidence.png)" in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    for name in ("rag_eval", "other/rag_eval"):
+        assert (tmp_path / "report" / f"{name}_confidence.png").exists() and f"({name}_confidence.png)" in text
+    assert len(list((tmp_path / "report").rglob("*.png"))) == 2
+
+
+def test_a_log_with_values_that_are_no_numbers_is_read_without_them(base):
+    write_run("base", "d6")
+    log = run_dir("base", "d6") / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 31, "loss": null, "seconds": null}\n[1]\n"x"\n{"step": null}\n')
+    assert "base/d6" in write_report(base / "report", base / "evals")
 
 
 def test_some_answers_are_shown_as_they_are(tmp_path, monkeypatch):

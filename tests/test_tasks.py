@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, write_jsonl
 from nanochat.core_eval import choice_scores, multiple_choice
 from nanochat.tokenizer import Tokenizer
 from tasks.common import (
@@ -20,7 +20,7 @@ from tasks.common import (
     answer_loss,
     check_shares,
 )
-from tasks.factbook import ChatPairs, FactbookQA, cloze_items, load_queries
+from tasks.factbook import ChatPairs, FactbookQA, cloze_items, judgeable, load_queries
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # a tokenizer without any merge
 V = BYTES.vocab_size
@@ -321,6 +321,9 @@ def test_closed_book_questions_and_chat_pairs_are_disjoint_between_splits():
         ({"id": "a", "query": "q?", "answer": "x", "answers": "x"}, "record 1: 'answers' must be a list"),
         ({"id": "a", "query": "q?", "answer": "x", "paraphrases": [1]}, "record 1: 'paraphrases' must be a list"),
         ({"id": "a", "query": "q?", "answer": "x", "hops": "1"}, "record 1: 'hops' must be"),
+        ({"id": "a", "query": "q?", "answer": None}, "record 1: 'id', 'query' and 'answer'"),
+        ({"id": "a", "query": "q?", "answer": "x", "country": 5}, "record 1: 'country' must be text"),
+        ({"id": "a", "query": "q?", "answer": "x", "relation": ["r"]}, "record 1: 'relation' must be text"),
     ],
 )
 def test_malformed_questions_are_named_by_their_line(tmp_path, row, message):
@@ -329,8 +332,21 @@ def test_malformed_questions_are_named_by_their_line(tmp_path, row, message):
         load_queries(tmp_path / "q.jsonl")
 
 
+def test_every_question_has_an_id_of_its_own(tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "query": f"{n}?", "answer": "x"} for n in range(2)])
+    with pytest.raises(UserError, match="record 2: another question has the id 'a'"):
+        load_queries(tmp_path / "q.jsonl")
+
+
+def test_questions_are_judged_where_their_documents_are():
+    row = {"type": "single", "positive_ids": ["a"]}
+    rows = [row, row | {"positive_ids": []}, row | {"positive_ids": ["z"]}, row | {"type": "two_hop"},
+            {"type": "two_hop", "positive_ids": ["a", "b"]}, {"type": "unanswerable", "positive_ids": []}]  # fmt: skip
+    assert judgeable(rows, {"a", "b"}) == [rows[0], rows[4], rows[5]]
+
+
 def test_a_question_needs_only_id_query_and_answer(tmp_path):
-    (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x"}')
+    (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "country": null}')
     [row] = load_queries(tmp_path / "q.jsonl")
     assert (row["answers"], row["positive_ids"], row["hops"], row["type"]) == (["x"], [], 1, "single")
     (tmp_path / "none.jsonl").write_text("")
