@@ -88,6 +88,7 @@ else
     run="python -m"
 fi
 begin=$SECONDS
+trap 'echo "interrupted; the same command goes on from here" >&2; exit 130' INT
 
 product() { # product WHAT: the file that is new when WHAT is: for a training stage in the last checkpoint, else WHAT
     case $1 in # what answers is the language model and the evidence reader, what is asked the tests

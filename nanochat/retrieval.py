@@ -342,12 +342,14 @@ def add(config: AddConfig) -> None:
     _require(config, "knowledge_base", "documents")
     passages = kb_info(config.knowledge_base)["passages"]
     how = {name: passages[name] for name in ("chunk_tokens", "overlap", "chunk") if name in passages}
-    documents, outdated = _read(config.documents, **how), []
-    if config.update:  # of a file that was read again, the passages it no longer has
-        files, ids = {doc.source for doc in documents if "start" in doc.metadata}, {doc.id for doc in documents}
-        old = open_kb(config.knowledge_base).documents if files else ()
-        outdated = [doc.id for doc in old if doc.source in files and "start" in doc.metadata and doc.id not in ids]
-    kb = open_kb(config.knowledge_base)
+    documents, kb = _read(config.documents, **how), open_kb(config.knowledge_base)
+    # of a file that was read again, the passages it no longer has
+    files, ids = {doc.source for doc in documents if "start" in doc.metadata}, {doc.id for doc in documents}
+    old = kb.documents if files else ()
+    outdated = [doc.id for doc in old if doc.source in files and "start" in doc.metadata and doc.id not in ids]
+    if outdated and not config.update:
+        print0(f"{len(outdated)} passages that these files no longer have stay; --update true takes them out")
+        outdated = []
     known = kb.everything.find([doc.id for doc in documents], kb.keep)  # ids of passages say what is in them
     new = [doc for doc in documents if not ("start" in doc.metadata and doc.id in known)]
     if len(new) < len(documents):

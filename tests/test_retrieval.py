@@ -739,6 +739,9 @@ def test_a_file_that_was_edited_replaces_its_passages(tmp_path, monkeypatch, cap
     command = lambda *argv: retrieval.cli([argv[0], *argv[1:]])
     command("prepare_kb", "--documents", str(folder), "--output", kb, "--type", "bm25")
     (folder / "a.md").write_text("The bridge was opened in 1960.")
+    command("add", "--knowledge_base", kb, "--documents", str(folder))
+    assert len(RetrievalManager(knowledge_base=kb).documents) == 3
+    assert "1 passages that these files no longer have stay; --update true" in capsys.readouterr().out
     command("add", "--knowledge_base", kb, "--documents", str(folder), "--update", "true")
     held = sorted(doc.content for doc in RetrievalManager(knowledge_base=kb).documents)
     assert held == ["The bakery opens at six.", "The bridge was opened in 1960."]

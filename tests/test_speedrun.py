@@ -39,7 +39,10 @@ case "$*" in
 *scripts.mid_train*) train mid "$@" ;;
 *scripts.chat_sft*) train sft "$@" ;;
 *scripts.evidence_train*) train evidence "$@" ;;
-*scripts.rag_finetune*) [ -z "${STUB_BREAKS:-}" ] || exit 7; train rag "$@" ;;
+*scripts.rag_finetune*)
+    [ -z "${STUB_BREAKS:-}" ] || exit 7
+    if [ -n "${STUB_CTRL_C:-}" ]; then trap 'exit 1' INT; kill -INT 0; sleep 5; fi
+    train rag "$@" ;;
 *_eval*) name=--output; make "$(value "$@")" ;;
 esac
 """
@@ -61,7 +64,14 @@ def shell(tmp_path):
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("NANOCHAT", "CONDA", "VIRTUAL_ENV", "NPROC"))}
         given = {"VIRTUAL_ENV": env, "STUB_LOG": log, "STUB_MACHINE": "2 0", "HOME": home} | variables
         given = kept | {k: str(v) for k, v in given.items() if v is not None}
-        done = subprocess.run(["bash", *map(str, command)], env=given, capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            ["bash", *map(str, command)],
+            env=given,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, log=log.read_text().splitlines())
 
     call.env, call.home = env, home
@@ -133,6 +143,12 @@ def test_a_stage_that_fails_stops_the_run_with_its_exit_code_and_the_next_run_go
     assert got.code == 7 and "stopped in stage 'RAG SFT'" in got.err and called(got)[-1] == "rag_finetune"
     again = speedrun(shell, SPEEDRUN="smoke")
     assert again.code == 0 and called(again)[-4:] == [*["rag_eval"] * 3, "report"] and "base_eval" not in called(again)
+
+
+def test_ctrl_c_ends_it_with_the_code_of_an_interrupt_and_the_next_run_goes_on(shell):
+    got = speedrun(shell, SPEEDRUN="smoke", STUB_CTRL_C=1)  # torchrun ends with 1 itself
+    assert got.code == 130 and "interrupted" in got.err and called(got)[-1] == "rag_finetune"
+    assert speedrun(shell, SPEEDRUN="smoke").code == 0
 
 
 def test_an_estimate_that_fails_stops_nothing(shell):
