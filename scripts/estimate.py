@@ -25,7 +25,7 @@ from nanochat.train import TrainConfig
 from scripts import base_train, chat_sft, evidence_train, mid_train, rag_finetune, tok_train
 
 # Minutes of tokenizer, knowledge base and evaluations, on two cores with bf16 units; nobody has run the node preset.
-OTHER_MINUTES = {"smoke": 3, "cpu": 30}
+OTHER_MINUTES = {"smoke": 6, "cpu": 30}
 # Validations and checkpoints between the steps: they made runs of the cpu preset's stages 1.1 to 1.25 times as long.
 BETWEEN_STEPS = 1.2
 STAGES = {
