@@ -41,7 +41,9 @@ def load_queries(path: str | Path) -> list[dict]:
         if not all(isinstance(row.get(key), str) for key in ("id", "query", "answer")):
             raise UserError(f"{where}: 'id', 'query' and 'answer' must be text")
         kind = "unanswerable" if not row.get("positive_ids") and row["answer"] in ("", ABSTENTION) else "single"
-        row = {"answers": [row["answer"]], "positive_ids": [], "hops": 1, "type": kind, "paraphrases": [], **row}
+        kind = "two_hop" if row.get("hops") == 2 else kind
+        hops = 2 if row.get("type") == "two_hop" else 1
+        row = {"answers": [row["answer"]], "positive_ids": [], "hops": hops, "type": kind, "paraphrases": [], **row}
         check_fields(row, where)
         if isinstance(row["hops"], bool) or not isinstance(row["hops"], int):
             raise UserError(f"{where}: 'hops' must be a whole number")

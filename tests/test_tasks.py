@@ -349,6 +349,10 @@ def test_a_question_needs_only_id_query_and_answer(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "country": null}')
     [row] = load_queries(tmp_path / "q.jsonl")
     assert (row["answers"], row["positive_ids"], row["hops"], row["type"]) == (["x"], [], 1, "single")
+    for given in ({"hops": 2}, {"type": "two_hop"}):  # one tells the other
+        write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "query": "q?", "answer": "x"} | given])
+        [row] = load_queries(tmp_path / "q.jsonl")
+        assert (row["hops"], row["type"]) == (2, "two_hop")
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no question"):
         load_queries(tmp_path / "none.jsonl")
