@@ -149,7 +149,7 @@ def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dic
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}, line {n}: not valid JSON ({e}); every line must be one JSON object") from e
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {n}: a {type(row).__name__}, not a JSON object")
+                raise UserError(f"{path}, line {n}: not a JSON object, {{...}}")
             for key in required:
                 if key not in row:
                     raise UserError(f"{path}, line {n}: no field '{key}'")

@@ -51,12 +51,13 @@ class Document:
         """The inverse of `to_dict`. Raises UserError on a missing or ill-typed field."""
         if not isinstance(row, dict):
             raise UserError(f"a document is a JSON object, not a {type(row).__name__}")
-        row = dict(row)
-        values = {}
+        given, row, values = row, dict(row), {}
         for name in ("id", "title", "content", "source"):
             value = row.pop(name, "" if name == "source" else None)
             if not isinstance(value, str):
-                problem = "has no" if value is None else f"has a {type(value).__name__}, not text, in"
+                problem = f"has a {type(value).__name__}, not text, in"
+                if value is None:
+                    problem = "has null in" if name in given else "has no"
                 raise UserError(f"document {values.get('id', '')!r} {problem} field '{name}'")
             values[name] = valid_unicode(value)
         score = row.pop("score", None)

@@ -112,6 +112,7 @@ if TYPE_CHECKING:
 
 SIDE = {"answer", "answers", "date", "title", "passage", "passage_undated"}  # fields of a side of a contradiction
 TOGETHER = ("two_hop", "two_hop_half", "retrieved_together")  # rows that are about more than one document
+FEW = 200  # questions: calibrating with less is a matter of luck
 TIMED = 5  # questions a row whose first token's time is taken
 
 
@@ -250,7 +251,9 @@ def main(config: Config) -> dict:
     usual = [name for name in settings if name.removeprefix("retrieved_") not in others and name != "oracle_among"]
     wanted = wanted or [name for name in usual if settings[name][0] in by_type]
     if empty := [name for name in wanted if settings[name][0] not in by_type]:
-        raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base")
+        asked = config.contradictions or "contradictions.jsonl beside it" if empty[0].startswith("contra") else ""
+        beside = f", nor has {asked} of the same split" if asked else ""
+        raise UserError(f"--rows {empty[0]}: {config.queries} has no question for it in this knowledge base{beside}")
 
     # 3. How sure is sure enough?
     if config.calibrate:
@@ -387,6 +390,12 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         asked, without, views = asked + there, without + gone, views + read
         together += features_together(engine, of, config, rows)
     fitted = fit_confidence(asked, without, config.abstain)
+    none = sum(not mask.any() for _, mask in asked)
+    print0(f"calibrated on {len(asked) - none} questions with their documents, {none} without an answer among theirs")
+    if len(asked) < FEW:
+        print0(
+            f"fewer than {FEW} are little to learn from: the checkpoint may answer or abstain worse than it did before"
+        )
     # And with the documents that these weights choose, whose words are to be trusted
     rows, best = [], []
     for (features, mask), (row, each) in zip(asked, views):
@@ -482,7 +491,9 @@ def calibration_features(
 
 
 def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
-    """Questions of these splits to which two documents, `sides`, give different answers: dated and undated ones."""
+    """Questions to which two documents, `sides`, give different answers, dated and undated ones: where they and the
+    questions to be judged have splits, those of these `splits`.
+    """
     path = Path(config.contradictions or Path(config.queries).parent / "contradictions.jsonl")
     if not config.contradictions and not path.exists():
         return {}
@@ -493,7 +504,7 @@ def contradictions(config: Config, splits: set) -> dict[str, list[dict]]:
             if not isinstance(r.get(age), dict) or not r[age].keys() >= SIDE:
                 raise UserError(f"{path}: 'old' and 'new' of {r['id']!r} need {', '.join(sorted(SIDE))}")
             check_fields(r[age], f"{path}, record {n}, '{age}'")
-    rows = [r for r in rows if "split" not in r or r["split"] in splits]
+    rows = [r for r in rows if "split" not in r or r["split"] in splits or splits <= {None}]
     rows = random.Random(config.seed).sample(rows, min(config.max_examples, len(rows)))
     out: dict[str, list[dict]] = {}
     for kind, key in (("dated", "passage"), ("undated", "passage_undated")):

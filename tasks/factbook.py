@@ -22,6 +22,7 @@ def load_documents(path: str | Path = FACTBOOK / "knowledge_base" / "documents.j
     return {row["id"]: row for row in read_jsonl(path, required=("id", "title", "content"))}
 
 
+TYPES = ("single", "two_hop", "unanswerable")
 TEXTS = "id query answer type country relation bridge bridge_relation reason wording split".split()
 TEXTS += "title date passage passage_undated".split()  # of a side of a contradiction
 LISTS = "answers positive_ids paraphrases about_ids".split()
@@ -45,6 +46,11 @@ def load_queries(path: str | Path) -> list[dict]:
         hops = 2 if row.get("type") == "two_hop" else 1
         row = {"answers": [row["answer"]], "positive_ids": [], "hops": hops, "type": kind, "paraphrases": [], **row}
         check_fields(row, where)
+        row["answers"] = row["answers"] or [row["answer"]]
+        if not row["query"].strip():
+            raise UserError(f"{where}: 'query' is empty")
+        if row["type"] not in TYPES:
+            raise UserError(f"{where}: the type {row['type']!r}; choose {', '.join(TYPES)}")
         if isinstance(row["hops"], bool) or not isinstance(row["hops"], int):
             raise UserError(f"{where}: 'hops' must be a whole number")
         if row["id"] in rows:

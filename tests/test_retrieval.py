@@ -86,6 +86,7 @@ def test_a_document_survives_the_way_to_json_and_back():
     [
         ({"title": "t", "content": "c"}, "no field 'id'"),
         ({"id": "a", "content": "c"}, "'a' has no field 'title'"),
+        ({"id": "a", "title": None, "content": "c"}, "'a' has null in field 'title'"),
         ({"id": "a", "title": "t", "content": ["c"]}, "a list, not text, in field 'content'"),
         ({"id": 3, "title": "t", "content": "c"}, "a int, not text, in field 'id'"),
         ({"id": "a", "title": "t", "content": "c", "score": "high"}, "'score' must be a number"),
@@ -660,7 +661,7 @@ GOOD = '{"id": "a", "title": "t", "content": "c"}\n'
         (GOOD.encode() + b'{"id": "\xff"}\n', "line 2"),
         (GOOD.encode() + b'{"id": "b", "title": "t"}\n', "row 2: document 'b' has no field 'content'"),
         (GOOD.encode() * 2, "already that of row 1"),
-        (b"[1]\n", "line 1: a list"),
+        (b"[1]\n", "line 1: not a JSON object"),
         (None, "cannot read"),
     ],
 )

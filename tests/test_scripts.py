@@ -389,6 +389,7 @@ def test_answers_over_documents_that_disagree_are_judged_by_what_they_say_of_eac
     judged = rag_eval.judge(row, [*row["sides"], Document("x", "X", "x")], answer)
     assert (judged["f1"], judged.get("citation_recall"), judged["hallucination"]) == (f1, recall, hallucination)
     assert len(rag_eval.contradictions(config, {"test"})[kind]) == 2
+    assert len(rag_eval.contradictions(config, {None})[kind]) == 2  # a user's documents have no splits
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,8 @@ def test_closed_book_questions_and_chat_pairs_are_disjoint_between_splits():
         ({"id": "a", "query": "q?", "answer": "x", "answers": "x"}, "record 1: 'answers' must be a list"),
         ({"id": "a", "query": "q?", "answer": "x", "paraphrases": [1]}, "record 1: 'paraphrases' must be a list"),
         ({"id": "a", "query": "q?", "answer": "x", "hops": "1"}, "record 1: 'hops' must be"),
+        ({"id": "a", "query": " ", "answer": "x"}, "record 1: 'query' is empty"),
+        ({"id": "a", "query": "q?", "answer": "x", "type": "weird"}, "record 1: the type 'weird'; choose single, two_"),
         ({"id": "a", "query": "q?", "answer": None}, "record 1: 'id', 'query' and 'answer'"),
         ({"id": "a", "query": "q?", "answer": "x", "country": 5}, "record 1: 'country' must be text"),
         ({"id": "a", "query": "q?", "answer": "x", "relation": ["r"]}, "record 1: 'relation' must be text"),
@@ -346,7 +348,7 @@ def test_questions_are_judged_where_their_documents_are():
 
 
 def test_a_question_needs_only_id_query_and_answer(tmp_path):
-    (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "country": null}')
+    (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "q?", "answer": "x", "answers": [], "country": null}')
     [row] = load_queries(tmp_path / "q.jsonl")
     assert (row["answers"], row["positive_ids"], row["hops"], row["type"]) == (["x"], [], 1, "single")
     for given in ({"hops": 2}, {"type": "two_hop"}):  # one tells the other
