@@ -119,7 +119,7 @@ def test_invalid_utf8_names_file_and_byte(tmp_path):
     [
         (b'{"text": "cut', "line 3: not valid JSON"),
         (b'{"text": "\xff"}', "line 3: not valid JSON"),
-        (b'["text"]', "line 3: a list"),
+        (b'["text"]', "line 3: not a JSON object"),
         (b'{"txt": "x"}', "line 3: no field 'text'"),
         (b'{"text": 5}', "'text' must be a string"),
     ],

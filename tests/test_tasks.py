@@ -96,7 +96,7 @@ USER = {"role": "user", "content": "Hi"}
     ("line", "message"),
     [
         ('{"messages": [', "line 2: not valid JSON"),
-        ("[]", "line 2: a list"),
+        ("[]", "line 2: not a JSON object"),
         ("{}", "record 2: a conversation is"),
         (json.dumps({"messages": [USER]}), "record 2: no assistant message"),
         (json.dumps({"messages": [USER, {"role": "robot", "content": "x"}]}), "record 2: message 2: role must be"),
