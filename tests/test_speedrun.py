@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,8 @@ def shell(tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            start_new_session=True,
+            start_new_session=True,  # for a Ctrl-C of its own, which who tests in the background would ignore
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, log=log.read_text().splitlines())
 
