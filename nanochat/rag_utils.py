@@ -117,6 +117,7 @@ _NUMBER = re.compile(  # a comma before three digits is part of it
 )
 _NAMED_UNITS = {*_UNITS.values(), "nm", "cm", "mm", "bbl", "bbl/day", "kwh", "deaths", "births"}
 _SIGNS = "$€£¥"
+_LETTER = re.compile(r"(?<=\w )A(?![\w'’]| [A-Z])")  # "in gallery A there", no article; a small capital stands for it
 _MARKS = re.compile(rf"((?<=\w)[+#]+(?!\w)|[{_SIGNS}](?=\d))|(?<=\w)-|-(?![{_SIGNS}]?\d)|[^\w\s.-]|_")
 
 
@@ -128,14 +129,15 @@ def normalize_answer(text: str) -> str:
     kilometers" both give "83871 sq km"; "1.2 million" gives "1200000". What tells answers apart stays: a minus sign, a
     decimal point, "$5", "C++", and the vowel signs of scripts that write them as marks.
     """
-    text = unicodedata.normalize("NFKD", strip_citations(text).replace("²", "2").replace("−", "-").casefold())
+    text = _LETTER.sub("\u1d00", strip_citations(text).replace("²", "2").replace("−", "-"))
+    text = unicodedata.normalize("NFKD", text.casefold())
     text = re.sub("[\u0300-\u036f]", "", text)  # accents
     text = _NUMBER.sub(_plain_number, text.replace("us$", "$"))
     text = _UNIT.sub(lambda m: f" {_UNITS[m[0]]} ", text)
     text = re.sub(r"['’`´]|(?<!\d)\.|\.(?!\d)", "", text)  # D.C. -> dc, St. John's -> st johns, but 3.5
     text = _MARKS.sub(_kept_mark, text)  # Port-au-Prince -> three words, but -28
     text = re.sub(r"\b(?:a|an|the)\s+(?=\w)", " ", text)  # but not from "vitamin A"
-    return " ".join(text.split())
+    return " ".join(text.replace("\u1d00", "a").split())
 
 
 def _plain_number(match: re.Match) -> str:

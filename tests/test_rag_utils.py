@@ -200,6 +200,8 @@ def test_an_answer_is_supported_where_its_words_stand_together():
     assert is_supported("83871 square kilometers", DOCS) and is_supported("Port-au-Prince [3]", DOCS)
     assert is_supported("Peru - land", DOCS) and is_supported("-34 m", DOCS)
     assert is_supported("268,200,000,000", DOCS) and not is_supported("€268.2 billion", DOCS)
+    gallery = [{"id": "g", "title": "", "content": "It hangs in gallery A on a wall. Once Upon A Time is a play."}]
+    assert all(is_supported(words, gallery) for words in ("gallery A", "A", "wall", "once upon a time"))
     assert not is_supported("Vien", DOCS) and not is_supported("34 m", DOCS) and not is_supported("", DOCS)
     assert not is_supported("land the total", DOCS)  # title and content don't run together
     assert (hallucination("Vienna", DOCS), hallucination("Graz", DOCS), hallucination(ABSTENTION, DOCS)) == (0, 1, 0)
