@@ -112,7 +112,7 @@ if TYPE_CHECKING:
 
 SIDE = {"answer", "answers", "date", "title", "passage", "passage_undated"}  # fields of a side of a contradiction
 TOGETHER = ("two_hop", "two_hop_half", "retrieved_together")  # rows that are about more than one document
-FEW = 200  # questions: calibrating with less is a matter of luck
+FEW = 200  # questions: with fewer, calibration is luck
 TIMED = 5  # questions a row whose first token's time is taken
 
 
@@ -390,12 +390,10 @@ def calibrate(engine: Engine, manager: RetrievalManager, config: Config, judged:
         asked, without, views = asked + there, without + gone, views + read
         together += features_together(engine, of, config, rows)
     fitted = fit_confidence(asked, without, config.abstain)
-    none = sum(not mask.any() for _, mask in asked)
-    print0(f"calibrated on {len(asked) - none} questions with their documents, {none} without an answer among theirs")
+    known = sum(mask.any() for _, mask in asked)
+    print0(f"calibrated on {known} questions that a document found answers, {len(asked) - known} that none does")
     if len(asked) < FEW:
-        print0(
-            f"fewer than {FEW} are little to learn from: the checkpoint may answer or abstain worse than it did before"
-        )
+        print0(f"fewer than {FEW} are little to learn from: it may answer and abstain worse than before")
     # And with the documents that these weights choose, whose words are to be trusted
     rows, best = [], []
     for (features, mask), (row, each) in zip(asked, views):

@@ -240,6 +240,16 @@ def test_the_confidence_learned_on_validation_questions_stays_with_the_checkpoin
     assert all(a["answer"] == ABSTENTION for a in read if a["confidence"] <= 0)
 
 
+def test_who_calibrates_with_few_questions_is_told(world, capsys):
+    config = rag_eval.Config(
+        knowledge_base=world.kb, queries=world.asked, calibrate=f"{world.home}/own/queries/val.jsonl", max_tokens=3
+    )
+    engine = Engine(*load_model("rag", "cpu")[:2])
+    rag_eval.calibrate(engine, RetrievalManager("bm25", world.kb), config, set())
+    told = capsys.readouterr().out
+    assert "calibrated on 4 questions that a document found answers, 0 that none does" in told and "fewer than" in told
+
+
 def test_an_evidence_reader_is_heard_unless_it_is_gone_or_another(world, capsys):
     model, _, meta = load_model("rag", "cpu")
     assert model.evidence.told == meta["evidence"] == world.found["rag_eval"]["config"]["evidence_reader"]
